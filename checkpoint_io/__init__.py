@@ -1,0 +1,25 @@
+"""Reading and writing what a checkpoint is made of: tensors, key tables and typed configs.
+
+The leaf of the import graph: both stages and the toolkit use it, it uses none of them. Nothing in here ever
+executes code from a file.
+"""
+
+from checkpoint_io.config import config_from_mapping, config_to_mapping, read_yaml
+from checkpoint_io.keys import KeyTable, load_strict
+from checkpoint_io.layout import CheckpointPart, Layout, find_parts
+from checkpoint_io.tensors import CheckpointError, atomic_path, read_tensors, write_safetensors
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointPart",
+    "KeyTable",
+    "Layout",
+    "atomic_path",
+    "config_from_mapping",
+    "config_to_mapping",
+    "find_parts",
+    "load_strict",
+    "read_tensors",
+    "read_yaml",
+    "write_safetensors",
+]

@@ -1,0 +1,89 @@
+"""Typed configs: a YAML mapping becomes a frozen dataclass, unknown keys and wrong types are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file to plain dicts and lists, OmegaConf interpolations resolved.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The mapping at the top of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no YAML mapping.
+    """
+    from omegaconf import OmegaConf  # lazy: importing a stage loads torch and einops only
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config at {path}: a checkpoint directory holds a config.yaml")
+    try:
+        mapping = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # OmegaConf and PyYAML share no base class
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, got {type(mapping).__name__}")
+    return {str(key): value for key, value in mapping.items()}
+
+
+def config_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, where: str) -> T:
+    """Build a frozen dataclass config from a mapping, checking names, types and ranges.
+
+    Args:
+        cls: the dataclass; its `__post_init__` checks ranges. Fields may be nested dataclasses.
+        mapping: field name -> value; missing fields keep their defaults.
+        where: what the mapping is, for messages ("model section of config.yaml").
+
+    Returns:
+        An instance of `cls`; lists become tuples.
+
+    Raises:
+        ValueError: for an unknown key, a missing field, a wrong type or a value out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = sorted(set(mapping) - set(known))
+    if unknown:
+        raise ValueError(f"unknown keys in {where}: {', '.join(unknown)}; known are {', '.join(known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), dict(mapping))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    assert isinstance(config, cls)
+    return config
+
+
+def config_to_mapping(config: Any) -> dict[str, Any]:
+    """Turn a dataclass config into plain dicts and lists, complete, ready for YAML.
+
+    Args:
+        config: a dataclass instance.
+
+    Returns:
+        Field name -> value, nested dataclasses as dicts, tuples as lists.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}

@@ -1,0 +1,102 @@
+"""Tensors of a file into the parameters of a model: strictly, and one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, MutableMapping
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint_io.tensors import CheckpointError
+
+KeyTable: TypeAlias = "Mapping[str, str | None]"
+"""Their name -> our name. `{}` stands for a number, `*` for weight or bias, `**` for anything; `None` drops the tensor on
+purpose; a target `name[i/n]` makes the tensor part i of n of ours along dimension 0 (their query, key and value are our
+one qkv)."""
+
+_PART = re.compile(r"^(?P<name>.*)\[(?P<index>\d+)/(?P<parts>\d+)\]$")
+
+
+def load_strict(
+    model: nn.Module, tensors: MutableMapping[str, Tensor], *, source: str, table: KeyTable | None = None
+) -> None:
+    """Fill all of `model` from `tensors`.
+
+    Args:
+        model: its parameters may be on the meta device: each is made real when its tensor arrives, so that beside
+            the model only one tensor is in memory at a time.
+        tensors: name -> tensor; emptied on the way.
+        source: where the tensors come from, for messages.
+        table: foreign names -> ours; None when the names are ours already.
+
+    Raises:
+        CheckpointError: if a tensor is not in the table, fits no parameter or has another shape, or if a parameter
+            got no tensor. All offending keys are listed.
+    """
+    parameters = dict(model.state_dict(keep_vars=True))
+    problems = []
+    filled: dict[str, int] = {}  # our name -> how many of its parts are still to come
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        target = name if table is None else translate(name, table)
+        if target is None:
+            continue
+        part = _PART.match(target)
+        ours, index, parts = (part["name"], int(part["index"]), int(part["parts"])) if part else (target, 0, 1)
+        if ours not in parameters:
+            problems.append(f"unexpected {name} {tuple(tensor.shape)}")
+            continue
+        parameter = parameters[ours]
+        if parameter.is_meta:
+            parameter = parameters[ours] = _materialise(model, ours, parameter)
+        slot = parameter.detach().chunk(parts)[index] if parts > 1 else parameter.detach()
+        if slot.shape != tensor.shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(slot.shape)}")
+        else:
+            slot.copy_(tensor)
+        filled[ours] = filled.get(ours, parts) - 1
+    problems += [f"missing {name} {tuple(parameters[name].shape)}" for name in parameters if filled.get(name, 1)]
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit its config, {len(problems)} keys: {'; '.join(problems[:20])}"
+            f"{' ...' if len(problems) > 20 else ''}. Is this config.yaml the one of these weights?"
+        )
+
+
+def translate(name: str, table: KeyTable) -> str | None:
+    """Our name for a foreign one.
+
+    Args:
+        name: a foreign key, such as "blocks.3.attn.key.bias".
+        table: see `KeyTable`.
+
+    Returns:
+        Our name, None for a tensor dropped on purpose, and for a name that is not in the table a note saying so, which
+        fits no parameter and thus gets reported.
+    """
+    for theirs, ours in table.items():
+        match = _regex(theirs).fullmatch(name)
+        if match:
+            return None if ours is None else ours.replace("*", "{}").format(*match.groups())
+    return "(no rule for this key)"
+
+
+@lru_cache(maxsize=None)
+def _regex(pattern: str) -> re.Pattern[str]:
+    escaped = re.escape(pattern).replace(r"\{\}", r"(\d+)")
+    return re.compile(escaped.replace(r"\*\*", ".*").replace(r"\*", "(weight|bias)"))
+
+
+def _materialise(model: nn.Module, name: str, meta: Tensor) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    real = torch.empty(meta.shape, dtype=meta.dtype, device="cpu")
+    module = model.get_submodule(owner)
+    if isinstance(meta, nn.Parameter):
+        parameter = nn.Parameter(real, requires_grad=meta.requires_grad)
+        setattr(module, leaf, parameter)
+        return parameter
+    setattr(module, leaf, real)
+    return real

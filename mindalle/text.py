@@ -1,0 +1,158 @@
+"""Text <-> ids: the BPE tokenizer of a model, from the native file, the originals' files, or trained on captions."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import BertNormalizer, Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+
+from checkpoint_io import CheckpointError, atomic_path
+
+logger = logging.getLogger(__name__)
+PAD, UNKNOWN, WORD_END = "[PAD]", "[UNK]", "</w>"
+BPE16K_FILES = {
+    "bpe-16k-vocab.json": "ae486ecb13750452e200d51b8bbf0dda",
+    "bpe-16k-merges.txt": "ae6f82de0f53b1e55c2c2d91f7ea419e",
+}
+"""The tokenizer of minDALL-E and of rq-vae-transformer's text models: file -> md5."""
+
+
+class TextTokenizer:
+    """Encodes texts as a model expects them: ids padded and truncated on the right to one length.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer whose vocabulary has [PAD] = 0 and [UNK].
+        length: N, ids per text, >= 1.
+        vocab_size: ids the model knows; larger ones are read as [UNK]. None = all of the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, length: int, vocab_size: int | None = None) -> None:
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        if tokenizer.token_to_id(PAD) != 0 or tokenizer.token_to_id(UNKNOWN) is None:
+            raise CheckpointError(
+                f"a text tokenizer needs {PAD} = 0 and {UNKNOWN}, got {tokenizer.token_to_id(PAD)} and "
+                f"{tokenizer.token_to_id(UNKNOWN)}: is this the tokenizer of the model?"
+            )
+        self.tokenizer = tokenizer
+        self.length = length
+        self.unknown_id: int = tokenizer.token_to_id(UNKNOWN)
+        self.vocab_size = vocab_size or tokenizer.get_vocab_size()
+        if self.vocab_size < tokenizer.get_vocab_size():
+            logger.warning(
+                "the text tokenizer has %d words, the model %d: the others are read as %s",
+                tokenizer.get_vocab_size(),
+                self.vocab_size,
+                UNKNOWN,
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, length: int, vocab_size: int | None = None) -> TextTokenizer:
+        """Read a tokenizer: a native `text_tokenizer.json`, or a directory with the originals' two BPE-16k files.
+
+        Args:
+            path: file or directory.
+            length: N, ids per text.
+            vocab_size: ids the model knows.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            CheckpointError: if the file is damaged or no tokenizer.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no text tokenizer at {path}")
+        try:
+            tokenizer = _read_bpe16k(path) if path.is_dir() else Tokenizer.from_file(str(path))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CheckpointError(f"{path} is not a readable text tokenizer: {error}") from error
+        return cls(tokenizer, length=length, vocab_size=vocab_size)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, vocab_size: int, length: int) -> TextTokenizer:
+        """Train a BPE tokenizer, lower case, of the same kind as the originals'.
+
+        Args:
+            texts: to count pairs in.
+            vocab_size: of the tokenizer, special tokens included.
+            length: N, ids per text.
+
+        Returns:
+            The tokenizer.
+        """
+        tokenizer = _char_bpe(BPE(unk_token=UNKNOWN, end_of_word_suffix=WORD_END))
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, UNKNOWN],
+            end_of_word_suffix=WORD_END,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer, length=length)
+
+    def save(self, path: str | Path) -> None:
+        """Write the native file, atomically."""
+        with atomic_path(path) as temporary:
+            self.tokenizer.save(str(temporary))
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Encode texts; a text that is too long is cut with a warning that names the lost words.
+
+        Args:
+            texts: B strings; "" is the null condition.
+
+        Returns:
+            int64 (B, N), padded with 0.
+
+        Raises:
+            ValueError: if `texts` is one string, or empty.
+        """
+        if isinstance(texts, str) or not len(texts):
+            raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
+        ids = torch.zeros(len(texts), self.length, dtype=torch.int64)
+        for row, (text, encoding) in enumerate(zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)):
+            kept = [i if i < self.vocab_size else self.unknown_id for i in encoding.ids[: self.length]]
+            ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
+            if len(encoding.ids) > self.length:
+                lost = text[encoding.offsets[self.length][0] :]
+                logger.warning(
+                    "the prompt has %d tokens, the model reads %d; these words are lost: %s",
+                    len(encoding.ids),
+                    self.length,
+                    lost,
+                )
+        return ids
+
+
+def _char_bpe(model: BPE) -> Tokenizer:
+    """The originals' tokenizer around a BPE model: BERT's clean-up and word split, lower case."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = NormalizerSequence([BertNormalizer(lowercase=False), Lowercase()])
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    return tokenizer
+
+
+def _read_bpe16k(folder: Path) -> Tokenizer:
+    vocab, merges = (folder / name for name in BPE16K_FILES)
+    for path in (vocab, merges):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {path.name}: expected {' and '.join(BPE16K_FILES)}")
+        if hashlib.md5(path.read_bytes()).hexdigest() != BPE16K_FILES[path.name]:
+            logger.warning("%s is not the released BPE-16k file: prompts may be read otherwise than in training", path)
+    model = BPE.from_file(str(vocab), str(merges), unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
+    return _char_bpe(model)

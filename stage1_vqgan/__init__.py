@@ -1,0 +1,21 @@
+"""Image tokenizers: pixels <-> codes."""
+
+from stage1_vqgan.checkpoint import STAGE1, load_tokenizer
+from stage1_vqgan.convnet import ConvNetConfig
+from stage1_vqgan.interface import ImageTokenizer
+from stage1_vqgan.quantize import ResidualQuantizerConfig, VectorQuantizerConfig
+from stage1_vqgan.rqvae import RQVAE, RQVAEConfig
+from stage1_vqgan.vqgan import VQGAN, VQGANConfig
+
+__all__ = [
+    "RQVAE",
+    "STAGE1",
+    "VQGAN",
+    "ConvNetConfig",
+    "ImageTokenizer",
+    "RQVAEConfig",
+    "ResidualQuantizerConfig",
+    "VQGANConfig",
+    "VectorQuantizerConfig",
+    "load_tokenizer",
+]

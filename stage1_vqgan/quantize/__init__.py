@@ -1,0 +1,14 @@
+"""Quantizers: latents <-> codes."""
+
+from stage1_vqgan.quantize.interface import Quantizer, QuantizerOutput
+from stage1_vqgan.quantize.residual import ResidualQuantizer, ResidualQuantizerConfig
+from stage1_vqgan.quantize.vector import VectorQuantizer, VectorQuantizerConfig
+
+__all__ = [
+    "Quantizer",
+    "QuantizerOutput",
+    "ResidualQuantizer",
+    "ResidualQuantizerConfig",
+    "VectorQuantizer",
+    "VectorQuantizerConfig",
+]

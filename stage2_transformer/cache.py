@@ -1,0 +1,162 @@
+"""Keys and values of a transformer stack, preallocated, with one length per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values (L, B, nh, S, hd) of L layers for B rows with room for S entries.
+
+    Rows may be of different lengths. While all are equal, reads and writes are slices; otherwise they are gathered.
+
+    Args:
+        num_layers: L.
+        batch_size: B.
+        num_heads: nh.
+        capacity: S, entries per row.
+        head_width: hd.
+        like: a tensor with the dtype and device to use.
+    """
+
+    def __init__(
+        self, *, num_layers: int, batch_size: int, num_heads: int, capacity: int, head_width: int, like: Tensor
+    ) -> None:
+        shape = (num_layers, batch_size, num_heads, capacity, head_width)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.batch_size = batch_size
+        self.capacity = capacity
+        self.prompt_length = 0  # entries before the first code
+        self.lengths = [0] * batch_size  # entries of each row
+
+    @property
+    def num_codes(self) -> list[int]:
+        """Codes consumed by each row."""
+        return [length - self.prompt_length for length in self.lengths]
+
+    def rewind(self, row: int, num_codes: int) -> None:
+        """Forget all but the first `num_codes` codes of a row.
+
+        Args:
+            row: in [0, B).
+            num_codes: at most as many as the row has.
+
+        Raises:
+            ValueError: if the row has fewer codes.
+        """
+        if not 0 <= num_codes <= self.num_codes[row]:
+            raise ValueError(f"row {row} has {self.num_codes[row]} codes, cannot rewind it to {num_codes}")
+        self.lengths[row] = self.prompt_length + num_codes
+
+    def begin_prompt(self, length: int, num_prompts: int, rows: Sequence[int] | None) -> PromptStep:
+        """Reset rows and start a pass over their prompts.
+
+        Args:
+            length: N, entries of a prompt.
+            num_prompts: P; prompt p serves rows p * R / P to (p + 1) * R / P - 1.
+            rows: R rows of the cache; None = all.
+
+        Returns:
+            The step to give to the layers.
+
+        Raises:
+            ValueError: if P does not divide R.
+        """
+        rows = range(self.batch_size) if rows is None else rows
+        if len(rows) % num_prompts:
+            raise ValueError(f"the number of conditions must divide the number of images, got {num_prompts} and {len(rows)}")
+        self.prompt_length = length
+        for row in rows:
+            self.lengths[row] = length
+        return PromptStep(self, list(rows), length, len(rows) // num_prompts)
+
+    def begin_step(
+        self, num_new: int, rows: Sequence[int] | None, first_visible: Sequence[Sequence[int]] | None = None
+    ) -> DecodeStep:
+        """Start a pass over `num_new` further entries of each row, and count them.
+
+        Args:
+            num_new: n >= 1.
+            rows: R rows of the cache; None = all.
+            first_visible: (R, n), the first entry of its row that each new entry sees; None = entry 0.
+
+        Returns:
+            The step to give to the layers.
+
+        Raises:
+            ValueError: if a row has no room.
+        """
+        rows = list(range(self.batch_size)) if rows is None else list(rows)
+        starts = [self.lengths[row] for row in rows]
+        if max(starts) + num_new > self.capacity:
+            raise ValueError(
+                f"the cache has room for {self.capacity} entries a row, got {max(starts)} and {num_new} more: "
+                "an image has no more codes than that"
+            )
+        for row in rows:
+            self.lengths[row] += num_new
+        return DecodeStep(self, rows, starts, num_new, first_visible or [[0] * num_new] * len(rows))
+
+
+class PromptStep:
+    """A pass over prompts: each is read once and its keys and values are copied to the rows it serves."""
+
+    def __init__(self, cache: KVCache, rows: list[int], length: int, copies: int) -> None:
+        self.cache = cache
+        self.rows = rows
+        self.length = length
+        self.copies = copies
+        self.mask: Tensor | None = None
+        self.is_causal = length > 1
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values (P, nh, N, hd) and return those to attend to: the same."""
+        self.cache.keys[layer, self.rows, :, : self.length] = keys.repeat_interleave(self.copies, dim=0)
+        self.cache.values[layer, self.rows, :, : self.length] = values.repeat_interleave(self.copies, dim=0)
+        return keys, values
+
+
+class DecodeStep:
+    """A pass over n new entries of each row: where they are stored and what each of them sees."""
+
+    is_causal = False  # the mask says it
+
+    def __init__(
+        self,
+        cache: KVCache,
+        rows: list[int],
+        starts: list[int],
+        num_new: int,
+        first_visible: Sequence[Sequence[int]],
+    ) -> None:
+        self.cache = cache
+        self.is_uniform = len(rows) == cache.batch_size and len(set(starts)) == 1
+        self.start = starts[0]
+        self.begin = min(min(row) for row in first_visible)
+        self.end = max(starts) + num_new
+        self.mask: Tensor | None = None
+        if self.is_uniform and num_new == 1:
+            return  # the one new entry of each row sees the whole slice
+        device = cache.keys.device
+        self.rows = torch.tensor(rows, device=device)
+        self.positions = torch.tensor([[s + i for i in range(num_new)] for s in starts], device=device)  # (R, n)
+        first = torch.tensor(first_visible, device=device)  # (R, n)
+        seen = torch.arange(self.begin, self.end, device=device)
+        visible = (seen >= first[..., None]) & (seen <= self.positions[..., None])  # (R, n, end - begin)
+        self.mask = visible.unsqueeze(1)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (R, nh, n, hd) and return those to attend to (R, nh, S', hd)."""
+        all_keys, all_values = self.cache.keys[layer], self.cache.values[layer]  # (B, nh, S, hd)
+        if self.is_uniform:
+            all_keys[:, :, self.start : self.end] = keys
+            all_values[:, :, self.start : self.end] = values
+            return all_keys[:, :, self.begin : self.end], all_values[:, :, self.begin : self.end]
+        rows = self.rows[:, None]  # (R, 1), with positions (R, n) -> (R, n, nh, hd)
+        all_keys[rows, :, self.positions] = keys.transpose(1, 2)
+        all_values[rows, :, self.positions] = values.transpose(1, 2)
+        return all_keys[self.rows, :, self.begin : self.end], all_values[self.rows, :, self.begin : self.end]

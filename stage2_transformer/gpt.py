@@ -1,0 +1,155 @@
+"""GPT over a condition and image codes: minDALL-E's Transformer1d (text) and iGPT (class, none)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stage2_transformer.cache import KVCache
+from stage2_transformer.conditioning import Condition, ConditionConfig
+from stage2_transformer.interface import SequenceOutput
+from stage2_transformer.layers import Transformer, TransformerConfig, init_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Shape of a GPT over image codes."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    vocab_size: int = 16384  # V, of the image tokenizer, >= 1
+    code_shape: tuple[int, ...] = (16, 16)  # (h, w) or (h, w, D), flattened in raster order
+    embedding_dropout: float = 0.0  # of embeddings while training, in [0, 1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "code_shape", tuple(self.code_shape))
+        if self.vocab_size < 1 or len(self.code_shape) not in (2, 3) or min(self.code_shape) < 1:
+            raise ValueError(
+                f"vocab_size must be positive and code_shape (h, w) or (h, w, D), "
+                f"got {self.vocab_size} and {self.code_shape}"
+            )
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(f"embedding_dropout must be in [0, 1), got {self.embedding_dropout}")
+
+    @property
+    def num_codes(self) -> int:
+        """T, codes of an image."""
+        return math.prod(self.code_shape)
+
+
+class GPT(nn.Module):
+    """A `SequenceModel`: one causal transformer over condition and codes, untied heads.
+
+    The sequence is [condition (N) | codes (T)]; the output at the last entry of the condition predicts code 0.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        width = config.transformer.width
+        self.config = config
+        self.condition = Condition(config.condition, width, has_positions=config.condition.kind == "text")
+        self.code_embedding = nn.Embedding(config.vocab_size, width)
+        self.code_positions = nn.Parameter(0.02 * torch.randn(config.num_codes, width))
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.transformer = Transformer(config.transformer)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        has_text = config.condition.kind == "text"
+        self.text_head = nn.Linear(width, config.condition.vocab_size, bias=False) if has_text else None
+        self.apply(init_weights)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.config.vocab_size
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """(h, w) or (h, w, D)."""
+        return self.config.code_shape
+
+    def forward(self, codes: Tensor, cond: Tensor | None) -> SequenceOutput:
+        """Predict every code from the condition and the codes before it; the oracle of cached decoding.
+
+        Args:
+            codes: int64 (B, *code_shape).
+            cond: text ids (B, N), labels (B,), or None.
+
+        Returns:
+            SequenceOutput with logits (B, *code_shape, V), and for text text_logits (B, N - 1, V_text).
+
+        Raises:
+            ValueError: if shapes or ranges do not fit the model.
+        """
+        codes = check_codes(codes, self.code_shape)
+        prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
+        x = torch.cat([prompt, self.code_embedding(codes[:, :-1]) + self.code_positions[:-1]], dim=1)
+        x = self.norm(self.transformer(self.dropout(x)))  # (B, N + T - 1, C)
+        length = prompt.shape[1]
+        logits = self.head(x[:, length - 1 :]).unflatten(1, self.code_shape)  # (B, T, V) -> (B, *code_shape, V)
+        text_logits = self.text_head(x[:, : length - 1]) if self.text_head is not None else None
+        return SequenceOutput(logits, text_logits)
+
+    def null_condition(self, cond: Tensor | None) -> Tensor:
+        """The condition that says nothing, see `Condition.null`."""
+        return self.condition.null(cond)
+
+    def make_cache(self, batch_size: int) -> KVCache:
+        """An empty cache with room for the condition and all codes but the last, which nothing follows."""
+        return self.transformer.make_cache(batch_size, self.config.condition.length + self.config.num_codes - 1)
+
+    def prefill(self, cond: Tensor | None, cache: KVCache, rows: Sequence[int] | None = None) -> Tensor:
+        """Read the condition, see `SequenceModel.prefill`.
+
+        Args:
+            cond: (P, N), (P,) or None; P divides the number of rows.
+            cache: from `make_cache`.
+            rows: which rows start anew; None = all.
+
+        Returns:
+            (B, V): the logits of code 0 of each row.
+        """
+        prompt = self.condition(cond)  # (P, N, C)
+        step = cache.begin_prompt(prompt.shape[1], len(prompt), rows)
+        logits: Tensor = self.head(self.norm(self.transformer(prompt, step)[:, -1]))  # (P, V)
+        return logits.repeat_interleave(step.copies, dim=0)
+
+    def decode(self, codes: Tensor, cache: KVCache, rows: Sequence[int] | None = None) -> Tensor:
+        """Read n >= 1 codes of each row, see `SequenceModel.decode`.
+
+        Args:
+            codes: int64 (B, n).
+            cache: rows may be of different lengths.
+            rows: which rows; None = all.
+
+        Returns:
+            (B, n, V): the logits of the code after each.
+        """
+        chosen = range(cache.batch_size) if rows is None else rows
+        first = torch.tensor([cache.num_codes[row] for row in chosen], device=codes.device)
+        step = cache.begin_step(codes.shape[1], rows)
+        positions = first[:, None] + torch.arange(codes.shape[1], device=codes.device)  # (B, n)
+        x = self.code_embedding(codes) + self.code_positions[positions]
+        return self.head(self.norm(self.transformer(x, step)))  # type: ignore[no-any-return]
+
+
+def check_codes(codes: Tensor, code_shape: tuple[int, ...]) -> Tensor:
+    """Flatten codes in raster order, depth fastest.
+
+    Args:
+        codes: should be int64 (B, *code_shape).
+        code_shape: of the model.
+
+    Returns:
+        (B, T).
+
+    Raises:
+        ValueError: if the shape or dtype is another.
+    """
+    if tuple(codes.shape[1:]) != tuple(code_shape) or codes.is_floating_point():
+        raise ValueError(f"codes must be int64 (B, {', '.join(map(str, code_shape))}), got {codes.dtype} {tuple(codes.shape)}")
+    return codes.flatten(1)

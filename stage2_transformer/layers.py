@@ -1,0 +1,150 @@
+"""The pre-norm transformer stack that GPT and both halves of the RQ-Transformer are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from stage2_transformer.cache import DecodeStep, KVCache, PromptStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of a transformer stack."""
+
+    width: int = 1536  # C, channels of the residual stream; a multiple of num_heads
+    num_layers: int = 42  # L, >= 1
+    num_heads: int = 24  # nh, >= 1
+    activation: Literal["gelu", "quick_gelu"] = "gelu"  # of the MLP: exact, or x * sigmoid(1.702 x)
+    has_attention_bias: bool = True  # in query, key, value and projection
+    has_mlp_bias: bool = True  # in both layers of the MLP
+    residual_dropout: float = 0.0  # after attention and MLP while training, in [0, 1)
+    attention_dropout: float = 0.0  # of attention weights while training, in [0, 1)
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1 or self.num_heads < 1 or self.width < 1 or self.width % self.num_heads:
+            raise ValueError(
+                f"width must be a multiple of num_heads and all at least 1, got width {self.width}, "
+                f"num_heads {self.num_heads}, num_layers {self.num_layers}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if not 0 <= self.residual_dropout < 1 or not 0 <= self.attention_dropout < 1:
+            raise ValueError(
+                f"dropout must be in [0, 1), got {self.residual_dropout} (residual) and "
+                f"{self.attention_dropout} (attention)"
+            )
+
+    @property
+    def head_width(self) -> int:
+        """hd, channels of an attention head."""
+        return self.width // self.num_heads
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation of Hendrycks & Gimpel 2016."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class Attention(nn.Module):
+    """Causal self-attention with several heads."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.has_attention_bias)
+        self.proj = nn.Linear(config.width, config.width, bias=config.has_attention_bias)
+
+    def forward(self, x: Tensor, layer: int, step: PromptStep | DecodeStep | None) -> Tensor:
+        """(B, n, C) -> (B, n, C); with a step, past keys and values are read from its cache and new ones stored."""
+        query, keys, values = rearrange(
+            self.qkv(x), "b n (three nh hd) -> three b nh n hd", three=3, nh=self.num_heads
+        ).unbind()
+        mask, is_causal = None, x.shape[1] > 1
+        if step is not None:
+            keys, values = step.extend(layer, keys, values)
+            mask, is_causal = step.mask, step.is_causal
+        attended = F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.proj(rearrange(attended, "b nh n hd -> b n (nh hd)"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a layer norm and added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width, bias=config.has_mlp_bias),
+            ACTIVATIONS[config.activation](),
+            nn.Linear(4 * config.width, config.width, bias=config.has_mlp_bias),
+        )
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, layer: int, step: PromptStep | DecodeStep | None) -> Tensor:
+        """(B, n, C) -> (B, n, C)."""
+        x = x + self.dropout(self.attention(self.norm1(x), layer, step))
+        return x + self.dropout(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """A stack of blocks, without embeddings and without a final norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+
+    def make_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for this stack: `batch_size` rows of up to `capacity` entries."""
+        return KVCache(
+            num_layers=self.config.num_layers,
+            batch_size=batch_size,
+            num_heads=self.config.num_heads,
+            capacity=capacity,
+            head_width=self.config.head_width,
+            like=self.blocks[0].norm1.weight,
+        )
+
+    def forward(self, x: Tensor, step: PromptStep | DecodeStep | None = None) -> Tensor:
+        """Run the stack.
+
+        Args:
+            x: (B, n, C) embeddings.
+            step: where the new entries stand in a cache; None = x is the whole sequence.
+
+        Returns:
+            (B, n, C); causal, entry i depends on entries up to i only.
+        """
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, step)
+        return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """GPT-2's initialisation, as in the originals: weights N(0, 0.02), biases zero. For `nn.Module.apply`."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,344 @@
+"""RQ-Transformer (Lee et al. 2022): a body over positions of the code grid, a head over the depth of each position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage2_transformer.cache import KVCache
+from stage2_transformer.conditioning import Condition, ConditionConfig
+from stage2_transformer.gpt import check_codes
+from stage2_transformer.interface import SequenceOutput
+from stage2_transformer.layers import Transformer, TransformerConfig, init_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class RQTransformerConfig:
+    """Shape of an RQ-Transformer; the defaults are the released ImageNet 1.4B."""
+
+    body: TransformerConfig = field(default_factory=TransformerConfig)  # over positions
+    head: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_layers=6))  # over depth; same width
+    condition: ConditionConfig = field(
+        default_factory=lambda: ConditionConfig(kind="class", vocab_size=1000, length=1)
+    )
+    codebook_sizes: tuple[int, ...] = (16384, 16384, 16384, 16384)  # V of each depth, >= 1; the length is D
+    code_shape: tuple[int, ...] = (8, 8, 4)  # (h, w, D)
+    codebook_width: int = 256  # C of the image tokenizer's codebook, used where codes enter as its vectors
+    has_codebook_body: bool = True  # the body reads codes as codebook vectors through a linear layer, not a table
+    has_codebook_head: bool = True  # so does the head
+    has_cumulative_head: bool = True  # the head reads the sum of a position's vectors so far, not the last one's
+    has_shared_embedding: bool = True  # one table for all depths, where a table is used
+    has_shared_classifier: bool = True  # one output layer for all depths
+    embedding_dropout: float = 0.0  # of embeddings while training, in [0, 1)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
+        object.__setattr__(self, "code_shape", tuple(self.code_shape))
+        if len(self.code_shape) != 3 or min(self.code_shape) < 1 or len(self.codebook_sizes) != self.code_shape[2]:
+            raise ValueError(
+                f"code_shape must be (h, w, D) with one codebook size per depth, got {self.code_shape} "
+                f"and {len(self.codebook_sizes)} sizes"
+            )
+        if min(self.codebook_sizes) < 1:
+            raise ValueError(f"codebook_sizes must be at least 1, got {self.codebook_sizes}")
+        if self.body.width != self.head.width:
+            raise ValueError(f"body and head must have one width, got {self.body.width} and {self.head.width}")
+        if len(set(self.codebook_sizes)) > 1 and self.has_shared_classifier:
+            raise ValueError(f"a shared classifier needs codebooks of one size, got {self.codebook_sizes}")
+        if len(set(self.codebook_sizes)) > 1 and self.has_shared_embedding and self.has_table:
+            raise ValueError(f"a shared embedding needs codebooks of one size, got {self.codebook_sizes}")
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(f"embedding_dropout must be in [0, 1), got {self.embedding_dropout}")
+
+    @property
+    def depth(self) -> int:
+        """D, codes per position."""
+        return self.code_shape[2]
+
+    @property
+    def num_positions(self) -> int:
+        """h * w."""
+        return self.code_shape[0] * self.code_shape[1]
+
+    @property
+    def has_table(self) -> bool:
+        """Whether body or head read codes through an embedding table."""
+        return not (self.has_codebook_body and self.has_codebook_head)
+
+
+class RQCache:
+    """The state of decoding: the body's cache over positions, the head's over codes, and the codes themselves.
+
+    The head keeps an entry per code, each seeing those of its own position only, so that a row rewinds by its lengths
+    alone.
+
+    Args:
+        body: entries [condition | positions that are complete].
+        head: entry n is the input that predicts code n; its prompt is entry 0.
+        codes: int64 (B, T) consumed so far, anything beyond.
+        depth: D.
+    """
+
+    def __init__(self, body: KVCache, head: KVCache, codes: Tensor, depth: int) -> None:
+        self.body = body
+        self.head = head
+        self.codes = codes
+        self.depth = depth
+        self.batch_size = len(codes)
+
+    @property
+    def num_codes(self) -> list[int]:
+        """Codes consumed by each row."""
+        return self.head.num_codes
+
+    def rewind(self, row: int, num_codes: int) -> None:
+        """Forget all but the first `num_codes` codes of a row, see `KVCache.rewind`."""
+        self.head.rewind(row, num_codes)
+        self.body.rewind(row, num_codes // self.depth)
+
+
+class CodeInput(nn.Module):
+    """How one half of the model reads codes: as codebook vectors through a linear layer, or from a table.
+
+    Args:
+        width: C of the model.
+        codebook_width: of the codebook's vectors; None = read from a table.
+    """
+
+    def __init__(self, width: int, codebook_width: int | None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(codebook_width, width) if codebook_width is not None else None
+
+    def forward(self, vectors: Tensor, num_summed: int = 1) -> Tensor:
+        """Vectors (..., C') -> (..., C); `num_summed` > 1: vectors are sums of as many that each get the bias."""
+        if self.linear is None:
+            return vectors
+        return F.linear(vectors, self.linear.weight, self.linear.bias * num_summed)
+
+
+class DepthClassifier(nn.Module):
+    """One output layer per depth.
+
+    Args:
+        depth: D.
+        width: C.
+        vocab_size: V.
+    """
+
+    def __init__(self, depth: int, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(depth, width, vocab_size))
+        self.bias = nn.Parameter(torch.zeros(depth, vocab_size))
+
+    def forward(self, x: Tensor, depths: Sequence[int]) -> Tensor:
+        """(B, n, C) of which entry i is of depth `depths[i]` -> (B, n, V)."""
+        chosen = list(depths)
+        return torch.einsum("bnc,ncv->bnv", x, self.weight[chosen]) + self.bias[chosen]
+
+
+class RQTransformer(nn.Module):
+    """A `SequenceModel` for residual codes (B, h, w, D).
+
+    The body reads [condition | positions] and gives a context for each position; the head reads [context | codes of
+    the position so far] and predicts the position's codes one depth after the other.
+
+    Args:
+        config: shape of the model.
+        codebook: (D, V, C'), the image tokenizer's; needed where codes enter as its vectors, never trained.
+    """
+
+    def __init__(self, config: RQTransformerConfig, codebook: Tensor | None = None) -> None:
+        super().__init__()
+        width, sizes = config.body.width, config.codebook_sizes
+        self.config = config
+        if codebook is None and (config.has_codebook_body or config.has_codebook_head):
+            raise ValueError("this RQ-Transformer reads codes as codebook vectors: pass tokenizer.codebook()")
+        if codebook is not None:
+            expected = (config.depth, max(sizes), config.codebook_width)
+            if tuple(codebook.shape) != expected:
+                raise ValueError(
+                    f"the codebook must be (D, V, C) = {expected}, got {tuple(codebook.shape)}: "
+                    "is this the image tokenizer the model was trained with?"
+                )
+        self.register_buffer("codebook", codebook, persistent=False)
+        self.codebook: Tensor | None
+        self.condition = Condition(config.condition, width, has_positions=True)
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(config.num_positions, width))
+        self.depth_embedding = nn.Parameter(0.02 * torch.randn(config.depth, width))
+        table_size = sizes[0] if config.has_shared_embedding else sum(sizes)
+        self.table = nn.Embedding(table_size, width) if config.has_table else None
+        self.body_input = CodeInput(width, config.codebook_width if config.has_codebook_body else None)
+        self.head_input = CodeInput(width, config.codebook_width if config.has_codebook_head else None)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.body = Transformer(config.body)
+        self.head = Transformer(config.head)
+        self.classifier_norm = nn.LayerNorm(width)
+        self.classifier: nn.Linear | DepthClassifier = (
+            nn.Linear(width, sizes[0])
+            if config.has_shared_classifier
+            else DepthClassifier(config.depth, width, max(sizes))
+        )
+        has_text = config.condition.kind == "text"
+        self.text_norm = nn.LayerNorm(width) if has_text else None
+        self.text_head = nn.Linear(width, config.condition.vocab_size) if has_text else None
+        self.apply(init_weights)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of the largest codebook."""
+        return max(self.config.codebook_sizes)
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """(h, w, D)."""
+        return self.config.code_shape
+
+    def forward(self, codes: Tensor, cond: Tensor | None) -> SequenceOutput:
+        """Predict every code from the condition and the codes before it; the oracle of cached decoding.
+
+        Args:
+            codes: int64 (B, h, w, D).
+            cond: text ids (B, N), labels (B,), or None.
+
+        Returns:
+            SequenceOutput with logits (B, h, w, D, V), -inf beyond a depth's own codebook, and for text text_logits
+            (B, N - 1, V_text).
+
+        Raises:
+            ValueError: if shapes or ranges do not fit the model.
+        """
+        depth = self.config.depth
+        by_position = check_codes(codes, self.code_shape).unflatten(1, (-1, depth))  # (B, T) -> (B, P, D)
+        prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
+        positions = self._read_positions(by_position[:, :-1]) + self.position_embedding[:-1]
+        x = self.body(self.dropout(torch.cat([prompt, positions], dim=1)))  # (B, N + P - 1, C)
+        length = prompt.shape[1]
+        contexts = x[:, length - 1 :].unsqueeze(2)  # (B, P, 1, C)
+        inputs = torch.cat([contexts, self._read_depths(by_position)[:, :, :-1]], dim=2) + self.depth_embedding
+        hidden = self.head(self.dropout(inputs).flatten(0, 1))  # (B, P, D, C) -> (B P, D, C)
+        logits = self._classify(hidden, range(depth))  # (B P, D, V)
+        text_logits = None
+        if self.text_norm is not None and self.text_head is not None:
+            text_logits = self.text_head(self.text_norm(x[:, : length - 1]))
+        # (B P, D, V) -> (B, h, w, D, V)
+        return SequenceOutput(logits.view(*codes.shape, logits.shape[-1]), text_logits)
+
+    def null_condition(self, cond: Tensor | None) -> Tensor:
+        """The condition that says nothing, see `Condition.null`."""
+        return self.condition.null(cond)
+
+    def make_cache(self, batch_size: int) -> RQCache:
+        """An empty cache with room for the condition and all codes."""
+        positions, total = self.config.num_positions, math.prod(self.code_shape)
+        return RQCache(
+            self.body.make_cache(batch_size, self.config.condition.length + positions - 1),
+            self.head.make_cache(batch_size, total),
+            torch.zeros(batch_size, total, dtype=torch.int64, device=self.position_embedding.device),
+            self.config.depth,
+        )
+
+    def prefill(self, cond: Tensor | None, cache: RQCache, rows: Sequence[int] | None = None) -> Tensor:
+        """Read the condition, see `SequenceModel.prefill`.
+
+        Args:
+            cond: (P, N), (P,) or None; P divides the number of rows.
+            cache: from `make_cache`.
+            rows: which rows start anew; None = all.
+
+        Returns:
+            (B, V): the logits of code 0 of each row.
+        """
+        prompt = self.condition(cond)  # (P, N, C)
+        context = self.body(prompt, cache.body.begin_prompt(prompt.shape[1], len(prompt), rows))[:, -1:]
+        step = cache.head.begin_prompt(1, len(prompt), rows)
+        logits = self._classify(self.head(context + self.depth_embedding[:1], step), [0])  # (P, 1, V)
+        return logits[:, 0].repeat_interleave(step.copies, dim=0)
+
+    def decode(self, codes: Tensor, cache: RQCache, rows: Sequence[int] | None = None) -> Tensor:
+        """Read n >= 1 codes of each row, see `SequenceModel.decode`.
+
+        Args:
+            codes: int64 (B, n).
+            cache: rows may be of different lengths.
+            rows: which rows; None = all.
+
+        Returns:
+            (B, n, V): the logits of the code after each.
+        """
+        chosen = list(range(cache.batch_size)) if rows is None else list(rows)
+        by_phase: dict[int, list[int]] = {}  # depth of the next code -> which of the chosen rows
+        for i, row in enumerate(chosen):
+            by_phase.setdefault(cache.num_codes[row] % self.config.depth, []).append(i)
+        if len(by_phase) == 1:
+            return self._decode_phase(codes, cache, chosen)
+        logits = torch.empty(0)
+        for picks in by_phase.values():
+            part = self._decode_phase(codes[picks], cache, [chosen[i] for i in picks])
+            logits = part.new_empty(len(chosen), *part.shape[1:]) if not len(logits) else logits
+            logits[picks] = part
+        return logits
+
+    def _decode_phase(self, codes: Tensor, cache: RQCache, rows: list[int]) -> Tensor:
+        """`decode` for rows that are at the same depth: (R, n) -> (R, n, V)."""
+        depth, num_new, device = self.config.depth, codes.shape[1], codes.device
+        consumed = [cache.num_codes[row] for row in rows]
+        phase = consumed[0] % depth
+        num_complete = (phase + num_new) // depth  # positions that these codes complete
+        num_touched = -(-(phase + num_new) // depth)  # positions that they fall into
+        head_step = cache.head.begin_step(
+            num_new, rows, [[(c + i + 1) // depth * depth for i in range(num_new)] for c in consumed]
+        )
+        starts = torch.tensor(consumed, device=device)[:, None]  # (R, 1)
+        row_index = torch.tensor(rows, device=device)[:, None]  # (R, 1)
+        cache.codes[row_index, starts + torch.arange(num_new, device=device)] = codes
+        block = starts - phase + torch.arange(num_touched * depth, device=device)  # (R, touched * D)
+        touched = cache.codes[row_index, block].unflatten(1, (-1, depth))  # (R, touched, D)
+        inputs = self._read_depths(touched).flatten(1, 2)[:, phase : phase + num_new]  # (R, n, C)
+        next_depths = [(phase + i + 1) % depth for i in range(num_new)]
+        if num_complete:
+            body_step = cache.body.begin_step(num_complete, rows)
+            positions = starts // depth + torch.arange(num_complete, device=device)  # (R, complete)
+            embedded = self._read_positions(touched[:, :num_complete]) + self.position_embedding[positions]
+            first_context = depth - 1 - phase  # which of the n codes completes the first position
+            inputs[:, first_context::depth] = self.body(embedded, body_step)
+        hidden = self.head(inputs + self.depth_embedding[next_depths], head_step)
+        return self._classify(hidden, next_depths)
+
+    def _vectors(self, codes: Tensor, *, from_codebook: bool) -> Tensor:
+        """Codes (..., D) -> what stands for each of them (..., D, C' or C)."""
+        if from_codebook:
+            assert self.codebook is not None
+            return torch.stack([F.embedding(codes[..., d], self.codebook[d]) for d in range(self.config.depth)], dim=-2)
+        assert self.table is not None
+        if self.config.has_shared_embedding:
+            return self.table(codes)  # type: ignore[no-any-return]
+        sizes = torch.tensor((0, *self.config.codebook_sizes[:-1]), device=codes.device)
+        return self.table(codes + sizes.cumsum(dim=0))  # type: ignore[no-any-return]
+
+    def _read_positions(self, codes: Tensor) -> Tensor:
+        """Codes (B, P, D) -> the body's inputs (B, P, C), without position embedding."""
+        summed = self._vectors(codes, from_codebook=self.config.has_codebook_body).sum(dim=-2)
+        # in the originals each of the D vectors goes through the layer alone, so its bias counts D times
+        return self.body_input(summed, num_summed=self.config.depth)  # type: ignore[no-any-return]
+
+    def _read_depths(self, codes: Tensor) -> Tensor:
+        """Codes (B, P, D) -> the head's inputs after each (B, P, D, C), without depth embedding."""
+        vectors = self._vectors(codes, from_codebook=self.config.has_codebook_head)
+        if self.config.has_codebook_head and self.config.has_cumulative_head:
+            vectors = vectors.cumsum(dim=-2)
+        return self.head_input(vectors)  # type: ignore[no-any-return]
+
+    def _classify(self, hidden: Tensor, depths: Sequence[int]) -> Tensor:
+        """Head outputs (B, n, C) of the given depths -> logits (B, n, V), -inf beyond a depth's own codebook."""
+        normed = self.classifier_norm(hidden)
+        if isinstance(self.classifier, nn.Linear):
+            return self.classifier(normed)  # type: ignore[no-any-return]
+        logits: Tensor = self.classifier(normed, depths)
+        for i, d in enumerate(depths):
+            logits[:, i, self.config.codebook_sizes[d] :] = -math.inf
+        return logits

@@ -1,0 +1,150 @@
+"""From logits to the next code: temperature, top-k, top-p, and a draw with a given uniform number."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How codes are drawn.
+
+    Filters apply in this order: guidance, temperature, top-k, top-p.
+    """
+
+    temperature: float = 1.0  # logits are divided by it; 0 = greedy: always the most likely code
+    top_k: int | tuple[int, ...] | None = None  # keep the k most likely codes; a tuple has one k per depth; None = all
+    top_p: float | None = None  # keep the smallest set with this much probability, in (0, 1]; None or 1 = all
+    cfg_scale: float = 1.0  # classifier-free guidance, >= 0; 1 = off, and then half the work
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature must be finite and at least 0 (0 = greedy), got {self.temperature}")
+        if isinstance(self.top_k, list):
+            object.__setattr__(self, "top_k", tuple(self.top_k))
+        for k in self.top_k if isinstance(self.top_k, tuple) else (self.top_k,):
+            if k is not None and k < 1:
+                raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to keep all codes")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; leave it out to keep all codes")
+        if not math.isfinite(self.cfg_scale) or self.cfg_scale < 0:
+            raise ValueError(f"cfg_scale must be finite and at least 0 (1 = no guidance), got {self.cfg_scale}")
+
+    def top_k_at(self, depth: int) -> int | None:
+        """The k of a depth."""
+        return self.top_k[depth] if isinstance(self.top_k, tuple) else self.top_k
+
+    def check_depths(self, num_depths: int) -> None:
+        """Raise ValueError if there is one top_k per depth, but for another number of depths."""
+        if isinstance(self.top_k, tuple) and len(self.top_k) != num_depths:
+            raise ValueError(f"top_k needs one value or {num_depths}, one per depth of the codes, got {self.top_k}")
+
+
+def image_seeds(seed: int, num_images: int, first: int = 0) -> list[int]:
+    """The seeds of the images of one call: image i depends on `seed` and i alone.
+
+    Args:
+        seed: of the call, any integer.
+        num_images: how many.
+        first: index of the first of them.
+
+    Returns:
+        For each image the first 8 bytes, big-endian, of SHA-256 of "seed/i", shifted right to 63 bits.
+    """
+    digests = [hashlib.sha256(f"{seed}/{first + i}".encode()).digest() for i in range(num_images)]
+    return [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
+
+
+def uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
+    """One uniform number per code of each image.
+
+    Args:
+        seeds: one per image, non-negative.
+        num_codes: T.
+
+    Returns:
+        (B, T) float64 in [0, 1), on the CPU; row i depends on seed i alone.
+    """
+    rows = [
+        torch.rand(num_codes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+    ]
+    return torch.stack(rows)
+
+
+def guide(logits: Tensor, cfg_scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022).
+
+    Args:
+        logits: (2B, V), the conditional rows, then the unconditional ones.
+        cfg_scale: s.
+
+    Returns:
+        (B, V): unconditional + s * (conditional - unconditional).
+    """
+    conditional, unconditional = logits.chunk(2)
+    # codes that are ruled out have -inf in both halves, and their difference would be no number
+    return torch.where(
+        conditional.isneginf(), conditional, unconditional + cfg_scale * (conditional - unconditional)
+    )
+
+
+def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -> Tensor:
+    """The distribution that the next code is drawn from.
+
+    Args:
+        logits: (B, V), guidance already applied.
+        params: temperature, top_k and top_p are used.
+        depth: of the code, for a top_k per depth.
+
+    Returns:
+        (B, V) float32, rows sum to 1. Exactly min(k, V) codes survive top-k, ties broken by whichever comes first in
+        the sort. Of top-p the code that crosses p is kept, so at least one survives.
+    """
+    logits = logits.float()
+    if params.temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+    logits = logits / params.temperature
+    top_k, top_p = params.top_k_at(depth), params.top_p
+    is_top_p = top_p is not None and top_p < 1
+    if not is_top_p and (top_k is None or top_k >= logits.shape[-1]):
+        return torch.softmax(logits, dim=-1)
+    size = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    kept, indices = logits.topk(size, dim=-1)  # sorted, most likely first
+    probabilities = torch.softmax(kept, dim=-1)
+    if is_top_p:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(-1, indices, probabilities)
+
+
+def sample_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 0) -> Tensor:
+    """Draw the next code of each row by inverting its cumulative distribution.
+
+    Args:
+        logits: (B, V), guidance already applied.
+        params: temperature, top_k and top_p are used.
+        u: (B,) float64 uniform numbers in [0, 1).
+        depth: of the code, for a top_k per depth.
+
+    Returns:
+        (B,) int64: the first code whose cumulative probability exceeds u.
+
+    Raises:
+        FloatingPointError: if a row has no finite maximum or is not a number.
+    """
+    if not bool(torch.isfinite(logits.max(dim=-1).values).all()):
+        raise FloatingPointError(
+            "the model's logits are not finite: with --precision fp16 or bf16 try fp32, otherwise check the checkpoint"
+        )
+    if params.temperature == 0:
+        return logits.argmax(dim=-1)
+    cumulative = code_probabilities(logits, params, depth).double().cumsum(dim=-1)
+    threshold = u.to(cumulative.device)[:, None] * cumulative[:, -1:]
+    return (cumulative <= threshold).sum(dim=-1)

@@ -1,0 +1,7 @@
+#!/usr/bin/env python
+"""Train a model: python tools/train.py fit --config configs/emoji/first_light_vqgan.yaml."""
+
+from mindalle.cli.train import main
+
+if __name__ == "__main__":
+    main()
