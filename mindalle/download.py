@@ -13,12 +13,12 @@ import ssl
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -34,21 +34,9 @@ MAX_HEADER_BYTES = 1 << 20  # of a long name or another extension, which tarfile
 MAX_UNPACKED_BYTES = 64 << 30  # the largest release holds 3.9B float32 parameters, 32 GB with their averages
 
 # An HTTP status is an answer, not a broken connection: HTTPError, a URLError, is handled before these.
-_CONNECTION_ERRORS = (
-    urllib.error.URLError,
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-    http.client.HTTPException,
-)
+_CONNECTION_ERRORS = (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
 _ARCHIVE_ERRORS = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OverflowError)
-_EXTENSION_TYPES = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+_EXTENSION_TYPES = b"LKxgX"  # long names and pax headers, one letter each
 
 
 def download(url: str, path: Path, *, md5: str, will_unpack: bool = False) -> Path:
@@ -79,8 +67,7 @@ def download(url: str, path: Path, *, md5: str, will_unpack: bool = False) -> Pa
                 return finished.replace(path)
         logger.info("downloading %s to %s", url, path)
         _fetch_with_retries(url, part, copies=2 if will_unpack else 1)
-        got = _md5(part)
-        if got != md5:
+        if (got := _md5(part)) != md5:
             part.unlink()
             raise ValueError(
                 f"checksum of {url}: got md5 {got}, expected {md5}; the download was deleted. "
@@ -115,7 +102,7 @@ def _fetch_with_retries(url: str, part: Path, *, copies: int) -> None:
     while True:
         try:
             return _fetch(url, part, copies=copies)
-        except urllib.error.HTTPError as error:
+        except HTTPError as error:
             error.close()
             if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not part.exists():
                 message = f"cannot download {url}: the server answered {error.code} {error.reason}"
@@ -214,11 +201,8 @@ def extract(
         root.mkdir()
         full = f"while unpacking {archive}: free some space and run again"
         try:
-            with (
-                _full_disk_says(directory.parent, full),
-                tarfile.open(archive, tarinfo=_BoundedHeader) as tar,
-            ):
-                _extract_members(tar, root, str(archive), max_bytes=max_bytes, max_members=max_members)
+            with _full_disk_says(directory.parent, full), tarfile.open(archive, tarinfo=_SafeHeader) as tar:
+                _write_members(tar, root, archive, max_bytes, max_members)
         except _ARCHIVE_ERRORS as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
             raise ValueError(
@@ -239,20 +223,18 @@ def extract(
     return directory
 
 
-class _BoundedHeader(tarfile.TarInfo):
+class _SafeHeader(tarfile.TarInfo):
     """An entry's header, refused where tarfile itself would fill the memory or run in circles."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_BoundedHeader":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_SafeHeader":
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENSION_TYPES and header.size > MAX_HEADER_BYTES):
             raise tarfile.ReadError("an entry has an impossible size")
         return header
 
 
-def _extract_members(
-    tar: tarfile.TarFile, root: Path, archive: str, *, max_bytes: int, max_members: int
-) -> None:
+def _write_members(tar: tarfile.TarFile, root: Path, archive: Path, max_bytes: int, max_members: int) -> None:
     """Write the members below root; names, types and sizes are checked before the first byte of each."""
     data_filter = getattr(tarfile, "data_filter", None)  # in Python 3.10.12, 3.11.4, 3.12 and later
     unpacked = 0
@@ -278,11 +260,12 @@ def _extract_members(
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"refused to unpack {archive}: {member.name!r} is there twice") from error
     # tarfile takes a file that just stops between two members for a complete one: look for the end mark.
-    if tar.fileobj is not None and tar.fileobj.tell() <= tar.offset:
+    if tar.fileobj is None or tar.fileobj.tell() <= tar.offset:
         raise tarfile.ReadError("the end of the archive is missing")
+    tar.fileobj.read(CHUNK_BYTES)  # gzip checks its checksum at its end, behind some 10 kB of padding
 
 
-def _safe_name(member: tarfile.TarInfo, archive: str) -> str:
+def _safe_name(member: tarfile.TarInfo, archive: Path) -> str:
     """Return the member's name if it can only lead to a file or directory below the root."""
     kind = None
     parts = re.split(r"[/\\]", member.name)  # a backslash separates on Windows
@@ -297,9 +280,7 @@ def _safe_name(member: tarfile.TarInfo, archive: str) -> str:
     elif member.size < 0 or "\0" in member.name:
         kind = "malformed"
     if kind is not None:
-        raise ValueError(
-            f"refused to unpack {archive}: {member.name!r} is {kind}; get it from a source you trust"
-        )
+        raise ValueError(f"refused to unpack {archive}: {member.name!r} is {kind}; use another source")
     return member.name
 
 

@@ -3,7 +3,7 @@
 from stage2_transformer.cache import KVCache
 from stage2_transformer.checkpoint import STAGE2
 from stage2_transformer.conditioning import ConditionConfig
-from stage2_transformer.generate import generate
+from stage2_transformer.generate import generate, iterate_codes
 from stage2_transformer.gpt import GPT, GPTConfig
 from stage2_transformer.interface import SequenceModel, SequenceOutput
 from stage2_transformer.layers import TransformerConfig
@@ -25,5 +25,6 @@ __all__ = [
     "code_probabilities",
     "generate",
     "image_seeds",
+    "iterate_codes",
     "sample_next",
 ]

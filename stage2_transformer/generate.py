@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from stage2_transformer.interface import SequenceModel
 from stage2_transformer.sampling import SamplingParams, guide, sample_next, uniforms
 
 
-@torch.inference_mode()
 def generate(
     model: SequenceModel,
     cond: Tensor | None,
@@ -22,7 +21,7 @@ def generate(
     known: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw codes for images, one code at a time.
+    """Draw the codes of images.
 
     Args:
         model: a GPT or an RQTransformer, in evaluation mode.
@@ -31,7 +30,7 @@ def generate(
         params: temperature, top-k, top-p and guidance.
         seeds: one per image; image i depends on the model, its condition, `params` and seed i alone.
         known: (B or 1, n) codes in raster order, depth fastest, that every image begins with (image completion).
-        on_step: called after each code with the number of codes done and all codes (B, T) so far, the rest zeros.
+        on_step: called after each code with the number of codes done and all codes (B, T), zeros where not yet done.
 
     Returns:
         int64 (B, *code_shape) on the model's device.
@@ -40,32 +39,51 @@ def generate(
         ValueError: if the shapes do not fit or an option does not fit the model.
         FloatingPointError: if the model's logits are not finite.
     """
+    codes = torch.empty(0)
+    for num_done, codes in iterate_codes(model, cond, params, seeds=seeds, known=known):
+        if on_step is not None:
+            on_step(num_done, codes)
+    return codes.view(len(seeds), *model.code_shape)  # (B, T) -> (B, *code_shape)
+
+
+@torch.inference_mode()
+def iterate_codes(
+    model: SequenceModel,
+    cond: Tensor | None,
+    params: SamplingParams,
+    *,
+    seeds: Sequence[int],
+    known: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The decoding loop as an iterator; arguments and errors are those of `generate`.
+
+    Yields:
+        The number of codes done and the codes (B, T), zeros where not yet done; the same tensor each time. First
+        comes the state with the known codes alone.
+    """
     shape = tuple(model.code_shape)
     total, num_depths, batch_size = math.prod(shape), shape[2] if len(shape) == 3 else 1, len(seeds)
-    params.check_depths(num_depths)
     is_guided = params.cfg_scale != 1
+    params.check_depths(num_depths)
     if batch_size == 0:
         raise ValueError("seeds must name at least one image, got none")
     if is_guided:
         null = model.null_condition(cond)
         cond = torch.cat([cond, null]) if cond is not None else None
     cache = model.make_cache(2 * batch_size if is_guided else batch_size)
-    logits = model.prefill(cond, cache)
+    logits = model.prefill(cond, cache)  # (B or 2B, V)
     draws = uniforms(seeds, total)
     codes = torch.zeros(batch_size, total, dtype=torch.int64, device=logits.device)
-    begin = 0
-    if known is not None and known.shape[1] > 0:
-        begin = _place_known(codes, known, model.vocab_size)
-        if begin < total:
-            logits = model.decode(_twice(codes[:, :begin], is_guided), cache)[:, -1]
+    begin = _place_known(codes, known, model.vocab_size) if known is not None and known.numel() else 0
+    if 0 < begin < total:
+        logits = model.decode(_twice(codes[:, :begin], is_guided), cache)[:, -1]
+    yield begin, codes
     for n in range(begin, total):
         guided = guide(logits, params.cfg_scale) if is_guided else logits
         codes[:, n] = sample_next(guided, params, draws[:, n], depth=n % num_depths)
-        if on_step is not None:
-            on_step(n + 1, codes)
+        yield n + 1, codes
         if n + 1 < total:
             logits = model.decode(_twice(codes[:, n : n + 1], is_guided), cache)[:, -1]
-    return codes.view(batch_size, *shape)  # (B, T) -> (B, *code_shape)
 
 
 def _twice(codes: Tensor, is_guided: bool) -> Tensor:
@@ -75,8 +93,7 @@ def _twice(codes: Tensor, is_guided: bool) -> Tensor:
 
 def _place_known(codes: Tensor, known: Tensor, vocab_size: int) -> int:
     """Write known codes to the front of each row; returns how many there are."""
-    num_known = known.shape[1]
-    if known.ndim != 2 or known.shape[0] not in (1, len(codes)) or num_known > codes.shape[1]:
+    if known.ndim != 2 or known.shape[0] not in (1, len(codes)) or known.shape[1] > codes.shape[1]:
         raise ValueError(
             f"known codes must be ({len(codes)} or 1, at most {codes.shape[1]}), got {tuple(known.shape)}"
         )
@@ -85,5 +102,5 @@ def _place_known(codes: Tensor, known: Tensor, vocab_size: int) -> int:
             f"known codes must be in [0, {vocab_size}), got {int(known.min())} to {int(known.max())}: "
             "do they come from this model's image tokenizer?"
         )
-    codes[:, :num_known] = known.to(codes.device)
-    return num_known
+    codes[:, : known.shape[1]] = known.to(codes.device)
+    return known.shape[1]

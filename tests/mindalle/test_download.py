@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import os
+import random
 import re
 import shutil
 import stat
@@ -213,7 +214,7 @@ def test_gives_up_when_nothing_new_arrives(server: Server, path: Path, sleeps: l
 
 def test_silent_server_is_left(server: Server, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.1)
-    server.pause = 0.4
+    server.pause = 60
     with pytest.raises(ConnectionError, match="timed out"):
         download(server.url, path, md5=MD5)
 
@@ -300,16 +301,16 @@ def start_child(server: Server, path: Path) -> "subprocess.Popen[bytes]":
 def test_two_processes_share_one_download(server: Server, path: Path) -> None:
     server.pause = 0.5
     children = [start_child(server, path) for _ in range(2)]
-    assert [child.wait(timeout=20) for child in children] == [0, 0]
+    assert [child.wait(timeout=60) for child in children] == [0, 0]
     assert server.ranges == [None]
     assert path.read_bytes() == BODY
 
 
 def test_killed_process_leaves_no_lock(server: Server, path: Path) -> None:
-    server.pause = 30
+    server.pause = 60
     child = start_child(server, path)
     part = path.with_name(path.name + ".part")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     child.kill()
@@ -522,7 +523,7 @@ def test_too_many_entries(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
 def test_truncated_archive(tmp_path: Path, mode: str, kept: float) -> None:
-    noise = bytes((i * i * 7 + i // 251) % 256 for i in range(300_000))
+    noise = random.Random(0).randbytes(300_000)  # does not compress
     archive = make_tar(tmp_path / "a", ("top/config.yaml", b"x"), ("top/model.ckpt", noise), mode=mode)
     whole = archive.read_bytes()
     archive.write_bytes(whole[: int(len(whole) * kept)])
@@ -545,7 +546,8 @@ def test_archive_cut_between_two_entries(tmp_path: Path) -> None:
 
 
 def test_corrupt_and_foreign_files(tmp_path: Path) -> None:
-    archive = make_tar(tmp_path / "a", ("top/model", bytes(i * i % 251 for i in range(99_999))))
+    """The first changes only bytes that gzip stores as they are: its checksum alone can tell."""
+    archive = make_tar(tmp_path / "a", ("top/model", random.Random(0).randbytes(99_999)))
     broken = bytearray(archive.read_bytes())
     broken[len(broken) // 2 : len(broken) // 2 + 50] = b"\xff" * 50
     for content in (bytes(broken), b"<html>not found</html>", b""):

@@ -87,8 +87,9 @@ def test_local_path_comes_before_names(home: Path, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(
     "name",
     [
-        "./run", "../run", "/absent", "~/run", "~nobody-here/run", ".hidden/run", "run/", "a/b/c", "run\\last", "last.ckpt",
-        "run/last.ckpt", "run/model.pt", "run/model.safetensors", "run/config.yaml", "rq/ffhq.tar.gz",
+        "./run", "../run", "/absent", "~/run", "~nobody-here/run", ".hidden/run", "run/", "a/b/c",
+        "run\\last", "last.ckpt", "run/last.ckpt", "run/model.pt", "run/model.safetensors", "run/config.yaml",
+        "rq/ffhq.tar.gz",
     ],
 )  # fmt: skip
 def test_missing_path_is_said_to_be_missing(name: str) -> None:

@@ -1,0 +1,208 @@
+"""Whole checkpoints: both stages, the text tokenizer and the sampling defaults, from any layout; written as native."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_io import (
+    CheckpointError,
+    CheckpointPart,
+    Layout,
+    atomic_path,
+    config_to_mapping,
+    find_parts,
+    write_safetensors,
+)
+from mindalle.text import BPE16K_FILES, TextTokenizer
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
+from stage1_vqgan.checkpoint import STAGE1, tokenizer_from_part
+from stage2_transformer import GPT, STAGE2, RQTransformer, SamplingParams
+from stage2_transformer.checkpoint import model_from_part
+
+logger = logging.getLogger(__name__)
+FORMAT = "mindalle-1"
+SECTIONS = ("format", "image_tokenizer", "model", "sampling", "clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """How a checkpoint is sampled unless the user says otherwise."""
+
+    params: SamplingParams = field(default_factory=SamplingParams)
+    num_candidates: int = 1  # drawn per image that is kept, when there is a CLIP to choose with; >= 1
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """The loaded parts; None where a checkpoint has none."""
+
+    layout: Layout
+    image_tokenizer: QuantizedAutoencoder
+    model: GPT | RQTransformer | None = None
+    text_tokenizer: TextTokenizer | None = None
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+
+def load_checkpoint(
+    path: str | Path, *, text_tokenizer: str | Path | None = None, use_ema: bool = False
+) -> Checkpoint:
+    """Load all parts of a checkpoint but CLIP, in float32 on the CPU.
+
+    Args:
+        path: a directory or `.ckpt` file of any known layout, see `checkpoint_io.find_parts`.
+        text_tokenizer: where the text tokenizer is, if not with the checkpoint.
+        use_ema: take averaged weights, where the files have them.
+
+    Returns:
+        The parts.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        CheckpointError: if the checkpoint is damaged, of an unknown layout or at odds with its config.
+    """
+    path = Path(path)
+    parts = find_parts(path)
+    if "image_tokenizer" not in parts:
+        raise CheckpointError(
+            f"{path} has a sequence model but no image tokenizer: pass the directory that holds both (stage1/ and stage2/)"
+        )
+    part = parts.get("model", parts["image_tokenizer"])
+    _check_native(part)
+    image_tokenizer = tokenizer_from_part(parts["image_tokenizer"])
+    checkpoint = Checkpoint(layout=part.layout, image_tokenizer=image_tokenizer, sampling=sampling_defaults(part))
+    if "model" in parts:
+        checkpoint.model = model_from_part(
+            parts["model"],
+            code_shape=image_tokenizer.code_shape,
+            codebook=image_tokenizer.codebook().detach(),
+            use_ema=use_ema,
+        )
+        if checkpoint.model.config.condition.kind == "text":
+            checkpoint.text_tokenizer = _find_text_tokenizer(path, checkpoint.model, text_tokenizer)
+    return checkpoint
+
+
+def _check_native(part: CheckpointPart) -> None:
+    if part.layout != "native":
+        return
+    unknown = sorted(set(part.config) - set(SECTIONS))
+    if part.config.get("format") != FORMAT or unknown:
+        raise CheckpointError(
+            f"{part.file.parent / 'config.yaml'}: expected format {FORMAT} with sections {', '.join(SECTIONS)}, "
+            f"got format {part.config.get('format')!r} and unknown {', '.join(unknown) or 'nothing'}"
+        )
+
+
+def sampling_defaults(part: CheckpointPart) -> SamplingDefaults:
+    """The sampling section of a checkpoint's config: native, or rq-vae-transformer's `sampling` and `experiment.sample`.
+
+    Args:
+        part: the sequence model's.
+
+    Returns:
+        The defaults; plain ones where the config has none.
+
+    Raises:
+        CheckpointError: for unknown keys or values out of range.
+    """
+    if part.layout == "rq-vae":
+        section = part.config.get("sampling") or (part.config.get("experiment") or {}).get("sample") or {}
+        section = {"temperature" if key == "temp" else key: value for key, value in section.items()}
+    else:
+        section = dict(part.config.get("sampling") or {}) if part.layout == "native" else {}
+    num_candidates = section.pop("num_candidates", 1)
+    known = [item.name for item in fields(SamplingParams)]
+    unknown = sorted(set(section) - set(known))
+    where = f"sampling section beside {part.file}"
+    if unknown:
+        raise CheckpointError(f"unknown keys in {where}: {', '.join(unknown)}; known are {', '.join(known)}")
+    try:
+        return SamplingDefaults(params=SamplingParams(**section), num_candidates=num_candidates)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _find_text_tokenizer(
+    path: Path, model: GPT | RQTransformer, given: str | Path | None
+) -> TextTokenizer | None:
+    """The tokenizer given, the checkpoint's own, or BPE-16k files found beside it."""
+    condition = model.config.condition
+    root = path if path.is_dir() else path.parent
+    candidates = [root / "text_tokenizer.json", root / "tokenizer", root]
+    candidates += sorted(root.resolve().parent.glob("*/tokenizer"))  # rq-vae-transformer's releases have none: minDALL-E's
+    for candidate in [Path(given)] if given is not None else candidates:
+        is_there = candidate.is_file() or all((candidate / name).is_file() for name in BPE16K_FILES)
+        if not is_there and given is None:
+            continue
+        if candidate.parent not in (root, root.parent):
+            logger.warning("the checkpoint has no text tokenizer, taking the BPE-16k of %s", candidate)
+        return TextTokenizer.from_file(candidate, length=condition.length, vocab_size=condition.vocab_size)
+    return None
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    image_tokenizer: QuantizedAutoencoder,
+    model: GPT | RQTransformer | None = None,
+    text_tokenizer: TextTokenizer | None = None,
+    sampling: SamplingDefaults | None = None,
+    card: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a native checkpoint; each file is written atomically, config.yaml last.
+
+    Args:
+        directory: created if need be.
+        image_tokenizer: stage 1.
+        model: stage 2.
+        text_tokenizer: of the model.
+        sampling: defaults to store.
+        card: text of the model card, README.md.
+        dtype: stored type of the weights (None = as they are); they are computed with in float32.
+
+    Raises:
+        FileExistsError: if there is a checkpoint already.
+    """
+    directory = Path(directory)
+    if (directory / "config.yaml").exists():
+        raise FileExistsError(f"{directory} holds a checkpoint already: choose another directory")
+    config: dict[str, Any] = {"format": FORMAT, "image_tokenizer": _section(image_tokenizer, STAGE1)}
+    write_safetensors(directory / "image_tokenizer.safetensors", image_tokenizer.state_dict(), dtype=dtype)
+    if model is not None:
+        write_safetensors(directory / "model.safetensors", model.state_dict(), dtype=dtype)
+        defaults = sampling or SamplingDefaults()
+        params = {name: value for name, value in asdict(defaults.params).items() if value is not None}
+        params = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
+        config |= {
+            "model": _section(model, STAGE2),
+            "sampling": params | {"num_candidates": defaults.num_candidates},
+        }
+    if text_tokenizer is not None:
+        text_tokenizer.save(directory / "text_tokenizer.json")
+    if card:
+        _write_text(directory / "README.md", card)
+    from omegaconf import OmegaConf
+
+    _write_text(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+
+
+def _section(model: Any, table: Mapping[str, tuple[type[Any], type[Any]]]) -> dict[str, Any]:
+    kind = next(name for name, (cls, _) in table.items() if type(model) is cls)
+    return {"type": kind, **config_to_mapping(model.config)}
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+

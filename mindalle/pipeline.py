@@ -1,0 +1,298 @@
+"""From a prompt to pictures: encode, prefill, generate, decode, rerank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mindalle.checkpoint import SamplingDefaults, load_checkpoint
+from mindalle.hub import resolve_model
+from mindalle.image import fit, to_pil, to_tensor
+from mindalle.rerank import ClipReranker
+from mindalle.text import TextTokenizer
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
+from stage2_transformer import GPT, RQTransformer, SamplingParams, image_seeds, iterate_codes
+
+logger = logging.getLogger(__name__)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Pictures of one prompt, best first where there was a CLIP to judge, in drawing order otherwise."""
+
+    images: list[Image.Image]
+    scores: list[float] | None  # cosine similarity of picture and prompt in [-1, 1]; None = not reranked
+    codes: Tensor  # int64 (len(images), *code_shape)
+    indices: list[int]  # which candidate each picture is: the i that, with the seed, it depends on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """A picture in the making."""
+
+    num_done: int  # codes drawn
+    num_codes: int  # codes in all
+    codes: Tensor  # int64 (B, *code_shape), zeros where not yet drawn
+    image_tokenizer: QuantizedAutoencoder
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures so far, white where nothing is drawn yet."""
+        shape = self.image_tokenizer.code_shape
+        depth = shape[2] if len(shape) == 3 else 1
+        with torch.inference_mode():
+            images = self.image_tokenizer.decode(self.codes)  # (B, 3, H, W)
+        is_done = torch.arange(shape[0] * shape[1], device=images.device) < self.num_done // depth
+        cell = (images.shape[2] // shape[0], images.shape[3] // shape[1])
+        # (h * w,) -> (H, W): every code position covers one cell of pixels
+        is_drawn = is_done.view(shape[0], shape[1]).repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1)
+        return to_pil(torch.where(is_drawn, images, 1.0))
+
+
+class Pipeline:
+    """The parts of a text-, class- or unconditional image generator, each usable alone.
+
+    Args:
+        image_tokenizer: stage 1.
+        model: stage 2; None = the checkpoint holds a tokenizer only.
+        text_tokenizer: of a model with text condition.
+        reranker: judges candidates; None = pictures are not ranked.
+        sampling: used where a call says nothing.
+    """
+
+    def __init__(
+        self,
+        image_tokenizer: QuantizedAutoencoder,
+        model: GPT | RQTransformer | None = None,
+        text_tokenizer: TextTokenizer | None = None,
+        reranker: ClipReranker | None = None,
+        sampling: SamplingDefaults | None = None,
+    ) -> None:
+        self.image_tokenizer = image_tokenizer
+        self.model = model
+        self.text_tokenizer = text_tokenizer
+        self.reranker = reranker
+        self.sampling = sampling or SamplingDefaults()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "emoji",
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        clip: str | Path | None = None,
+        text_tokenizer: str | Path | None = None,
+        use_ema: bool = False,
+    ) -> Pipeline:
+        """Load a pipeline.
+
+        Args:
+            name: a bundled model ("emoji"), a local checkpoint of any known layout, a release ("minDALL-E/1.3B",
+                "rq-vae/cc3m", ...), or a Hugging Face hub id.
+            device: where the models compute.
+            precision: "fp32", "bf16" or "fp16", of the sequence model.
+            clip: the CLIP to rerank with, see `ClipReranker.from_pretrained`; None = the checkpoint's own, if any.
+            text_tokenizer: file or directory, where it is not with the checkpoint.
+            use_ema: take averaged weights, where the files have them.
+
+        Returns:
+            The pipeline, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: if there is no such model.
+            ValueError: if the checkpoint is damaged or an argument unknown.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        path = resolve_model(name)
+        checkpoint = load_checkpoint(path, text_tokenizer=text_tokenizer, use_ema=use_ema)
+        if clip is None and (path / "clip.safetensors").is_file():
+            clip = path
+        return cls(
+            checkpoint.image_tokenizer.to(device),
+            checkpoint.model.to(device, PRECISIONS[precision]) if checkpoint.model is not None else None,
+            checkpoint.text_tokenizer,
+            ClipReranker.from_pretrained(clip, device=device) if clip is not None else None,
+            checkpoint.sampling,
+        )
+
+    def __call__(
+        self,
+        prompt: str | int | None = None,
+        *,
+        num_images: int = 1,
+        num_candidates: int | None = None,
+        params: SamplingParams | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        known: Tensor | None = None,
+        on_step: Callable[[Preview], None] | None = None,
+    ) -> Generation:
+        """Draw pictures and keep the best.
+
+        Args:
+            prompt: text, a class label, or None, as the model wants it.
+            num_images: pictures to return, >= 1.
+            num_candidates: pictures to draw and choose from, >= num_images; None = the checkpoint's default. Without
+                a reranker no more than `num_images` are drawn.
+            params: how to sample; None = the checkpoint's defaults.
+            seed: candidate i depends on the model, the prompt, `params`, this seed and i alone.
+            batch_size: candidates drawn at once, >= 1; changes memory and speed, not the pictures.
+            known: (1, n) codes that every picture begins with, see `known_codes`.
+            on_step: called with a preview after each code of each batch.
+
+        Returns:
+            The pictures.
+
+        Raises:
+            ValueError: if the model has no such condition, or a number is out of range.
+        """
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
+        can_rank = self.reranker is not None and isinstance(prompt, str)
+        wanted = num_candidates if num_candidates is not None else num_images * self.sampling.num_candidates
+        if wanted < num_images:
+            raise ValueError(f"num_candidates must be at least num_images = {num_images}, got {wanted}")
+        if not can_rank:
+            if num_candidates is not None and wanted > num_images:
+                logger.warning("nothing to rank with: drawing %d images instead of %d candidates", num_images, wanted)
+            wanted = num_images
+        batches = []
+        for first in range(0, wanted, batch_size):
+            last: Preview | None = None
+            for last in self.stream(
+                prompt,
+                num_images=min(batch_size, wanted - first),
+                first_index=first,
+                params=params,
+                seed=seed,
+                known=known,
+            ):
+                if on_step is not None:
+                    on_step(last)
+            assert last is not None
+            batches.append(last.codes.clone())
+        codes = torch.cat(batches)
+        images = self.decode(codes, batch_size=batch_size)
+        if not can_rank:
+            return Generation(images=images, scores=None, codes=codes, indices=list(range(wanted)))
+        assert self.reranker is not None
+        assert isinstance(prompt, str)
+        scores = self.reranker.score(images, prompt)
+        order = scores.argsort(descending=True, stable=True)[:num_images].tolist()
+        return Generation(
+            images=[images[i] for i in order],
+            scores=[float(scores[i]) for i in order],
+            codes=codes[order],
+            indices=order,
+        )
+
+    def stream(
+        self,
+        prompt: str | int | None = None,
+        *,
+        num_images: int = 1,
+        first_index: int = 0,
+        params: SamplingParams | None = None,
+        seed: int = 0,
+        known: Tensor | None = None,
+    ) -> Iterator[Preview]:
+        """Draw pictures in one batch, without ranking, showing them while they grow.
+
+        Args:
+            prompt: text, a class label, or None.
+            num_images: pictures in the batch.
+            first_index: index of the first of them; see `seed`.
+            params: how to sample; None = the checkpoint's defaults.
+            seed: candidate i depends on the model, the prompt, `params`, this seed and i alone.
+            known: (1, n) codes that every picture begins with.
+
+        Yields:
+            A preview after each code; its images are decoded only if asked for.
+        """
+        model = self._require_model()
+        cond = self.encode_condition(prompt)
+        seeds = image_seeds(seed, num_images, first_index)
+        for num_done, codes in iterate_codes(model, cond, params or self.sampling.params, seeds=seeds, known=known):
+            yield Preview(
+                num_done=num_done,
+                num_codes=codes.shape[1],
+                codes=codes.view(num_images, *model.code_shape),  # (B, T) -> (B, *code_shape)
+                image_tokenizer=self.image_tokenizer,
+            )
+
+    def encode_condition(self, prompt: str | int | None) -> Tensor | None:
+        """A prompt as the model wants it: text ids (1, N), a label (1,), or None.
+
+        Args:
+            prompt: text, a class label, or None.
+
+        Returns:
+            On the model's device.
+
+        Raises:
+            ValueError: if the model has another kind of condition, no text tokenizer, or no such class.
+        """
+        model = self._require_model()
+        condition = model.config.condition
+        device = next(model.parameters()).device
+        wanted = {"text": str, "class": int, "none": type(None)}[condition.kind]
+        if not isinstance(prompt, wanted):
+            raise ValueError(
+                {
+                    "text": f"this model draws from text, got {prompt!r}: pass a prompt",
+                    "class": f"this model draws classes 0 to {condition.vocab_size - 1}, got {prompt!r}: pass a class label",
+                    "none": f"this model is unconditional, got {prompt!r}: pass no prompt and no class label",
+                }[condition.kind]
+            )
+        if isinstance(prompt, str):
+            if self.text_tokenizer is None:
+                raise ValueError(
+                    "this checkpoint has no text tokenizer (rq-vae-transformer's releases ship none): pass text_tokenizer, "
+                    "--text-tokenizer on the command line, with the directory of bpe-16k-vocab.json and bpe-16k-merges.txt"
+                )
+            return self.text_tokenizer.encode([prompt]).to(device)
+        if isinstance(prompt, int):
+            if not 0 <= prompt < condition.vocab_size:
+                raise ValueError(f"class label must be in [0, {condition.vocab_size}), got {prompt}")
+            return torch.tensor([prompt], device=device)
+        return None
+
+    def known_codes(self, image: Image.Image, keep_rows: int) -> Tensor:
+        """The codes of the top of an image, for its completion.
+
+        Args:
+            image: resized and cropped to the model's resolution.
+            keep_rows: rows of codes to keep, of which the picture has `code_shape[0]`.
+
+        Returns:
+            (1, n) codes in raster order.
+
+        Raises:
+            ValueError: if `keep_rows` is out of range.
+        """
+        rows, size = self.image_tokenizer.code_shape[0], self.image_tokenizer.convnet.image_size
+        if not 1 <= keep_rows < rows:
+            raise ValueError(f"keep_rows must be between 1 and {rows - 1} rows of codes, got {keep_rows}")
+        device = next(self.image_tokenizer.parameters()).device
+        pixels = to_tensor(fit(image, (size, size))).unsqueeze(0).to(device)
+        with torch.inference_mode():
+            return self.image_tokenizer.encode(pixels)[:, :keep_rows].flatten(1)  # (1, rows, ...) -> (1, n)
+
+    def decode(self, codes: Tensor, *, batch_size: int = 16) -> list[Image.Image]:
+        """Codes (B, *code_shape) to PIL images, `batch_size` at a time."""
+        with torch.inference_mode():
+            return [image for chunk in codes.split(batch_size) for image in to_pil(self.image_tokenizer.decode(chunk))]
+
+    def _require_model(self) -> GPT | RQTransformer:
+        if self.model is None:
+            raise ValueError("this checkpoint holds an image tokenizer only: it reconstructs, but cannot generate")
+        return self.model
