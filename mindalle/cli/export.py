@@ -1,0 +1,96 @@
+"""`mindalle export`, `tools/export.py`: the checkpoints of finished training runs to one native checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mindalle.cli.command import Parser, positive_int, run
+
+EXAMPLES = """\
+  export.py --image-tokenizer runs/vqgan/last.ckpt runs/tokenizer
+  export.py --image-tokenizer runs/tokenizer --model runs/gpt/last.ckpt --text-tokenizer runs/text_tokenizer.json \\
+      --top-k 256 --dtype fp16 my-model"""
+
+
+def build_parser() -> Parser:
+    """The command's options."""
+    parser = Parser(
+        prog="export.py",
+        description="Write a native checkpoint, which Pipeline.from_pretrained loads, from training runs.",
+        examples=EXAMPLES,
+    )
+    parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
+    parser.add_argument("--image-tokenizer", type=Path, required=True, metavar="PATH", help="run's .ckpt, or native")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="run's .ckpt of the sequence model")
+    parser.add_argument("--text-tokenizer", type=Path, metavar="FILE", help="text_tokenizer.json of the run")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default to store (1)")
+    parser.add_argument("--top-k", type=positive_int, help="default to store")
+    parser.add_argument("--top-p", type=float, help="default to store")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="default to store (1)")
+    parser.add_argument("--card", type=Path, metavar="FILE", help="model card to store as README.md")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default fp32")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return run(build_parser(), export_checkpoint, argv)
+
+
+def export_checkpoint(args: argparse.Namespace) -> None:
+    """Load the runs' weights and save them as native."""
+    from mindalle.checkpoint import SamplingDefaults, save_checkpoint
+    from mindalle.pipeline import PRECISIONS
+    from mindalle.text import TextTokenizer
+    from stage1_vqgan import VQGAN, VQGANConfig, load_tokenizer
+    from stage2_transformer import GPT, GPTConfig, SamplingParams
+
+    if args.image_tokenizer.is_dir():
+        image_tokenizer: Any = load_tokenizer(args.image_tokenizer)
+    else:
+        image_tokenizer = _from_run(args.image_tokenizer, VQGAN, VQGANConfig)
+    model = _from_run(args.model, GPT, GPTConfig) if args.model else None
+    text_tokenizer = None
+    if args.text_tokenizer and model is not None:
+        condition = model.config.condition
+        text_tokenizer = TextTokenizer.from_file(
+            args.text_tokenizer, length=condition.length, vocab_size=condition.vocab_size
+        )
+    params = SamplingParams(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, cfg_scale=args.cfg_scale
+    )
+    save_checkpoint(
+        args.destination,
+        image_tokenizer=image_tokenizer,
+        model=model,
+        text_tokenizer=text_tokenizer,
+        sampling=SamplingDefaults(params=params),
+        card=args.card.read_text(encoding="utf-8") if args.card else "",
+        dtype=PRECISIONS[args.dtype] if args.dtype else None,
+    )
+    print(args.destination)
+
+
+def _from_run(path: Path, cls: type[Any], config_cls: type[Any]) -> Any:
+    """The model inside a Lightning checkpoint of one of this project's training modules."""
+    import torch
+
+    from checkpoint_io import CheckpointError, config_from_mapping, load_strict, read_tensors
+
+    content = read_tensors(path)
+    hyper_parameters = content.get("hyper_parameters")
+    if not isinstance(hyper_parameters, Mapping) or "config" not in hyper_parameters:
+        raise CheckpointError(f"{path} is no checkpoint of a training run: it has no hyper_parameters.config")
+    config = config_from_mapping(config_cls, hyper_parameters["config"], where=f"hyper-parameters of {path}")
+    with torch.device("meta"):
+        model = cls(config)
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith("model.")
+    }
+    load_strict(model, weights, source=str(path))
+    return model.eval()
