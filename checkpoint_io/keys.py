@@ -26,8 +26,8 @@ def load_strict(
     """Fill all of `model` from `tensors`.
 
     Args:
-        model: its parameters may be on the meta device: each is made real when its tensor arrives, so that beside
-            the model only one tensor is in memory at a time.
+        model: its parameters may be on the meta device: each gets its storage when its tensor arrives. A tensor that
+            fits as it is becomes the parameter, still mapped from its file, so that weights are in memory once.
         tensors: name -> tensor; emptied on the way.
         source: where the tensors come from, for messages.
         table: foreign names -> ours; None when the names are ours already.
@@ -50,14 +50,16 @@ def load_strict(
             problems.append(f"unexpected {name} {tuple(tensor.shape)}")
             continue
         parameter = parameters[ours]
-        if parameter.is_meta:
-            parameter = parameters[ours] = _materialise(model, ours, parameter)
-        slot = parameter.detach().chunk(parts)[index] if parts > 1 else parameter.detach()
-        if slot.shape != tensor.shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(slot.shape)}")
-        else:
-            slot.copy_(tensor)
+        expected = (parameter.shape[0] // parts, *parameter.shape[1:]) if parts > 1 else tuple(parameter.shape)
         filled[ours] = filled.get(ours, parts) - 1
+        if tuple(tensor.shape) != expected:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        elif parameter.is_meta and parts == 1 and tensor.dtype == parameter.dtype:
+            parameters[ours] = _place(model, ours, tensor.contiguous())
+        else:
+            if parameter.is_meta:
+                parameter = parameters[ours] = _place(model, ours, torch.empty_like(parameter, device="cpu"))
+            parameter.detach().chunk(parts)[index].copy_(tensor)
     problems += [f"missing {name} {tuple(parameters[name].shape)}" for name in parameters if filled.get(name, 1)]
     if problems:
         raise CheckpointError(
@@ -90,13 +92,13 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(escaped.replace(r"\*\*", ".*").replace(r"\*", "(weight|bias)"))
 
 
-def _materialise(model: nn.Module, name: str, meta: Tensor) -> Tensor:
+def _place(model: nn.Module, name: str, values: Tensor) -> Tensor:
+    """Put `values` in the place of a parameter or buffer without storage."""
     owner, _, leaf = name.rpartition(".")
-    real = torch.empty(meta.shape, dtype=meta.dtype, device="cpu")
     module = model.get_submodule(owner)
-    if isinstance(meta, nn.Parameter):
-        parameter = nn.Parameter(real, requires_grad=meta.requires_grad)
+    if leaf in module._parameters:
+        parameter = nn.Parameter(values, requires_grad=values.is_floating_point())
         setattr(module, leaf, parameter)
         return parameter
-    setattr(module, leaf, real)
-    return real
+    setattr(module, leaf, values)
+    return values

@@ -485,7 +485,7 @@ class HalfPrecisionClip(nn.Module):
 
 class TestScore:
     def test_order_known_by_arithmetic(self) -> None:
-        """Pixels in [-1, 1] against (1, 0, 0): white (1, 1, 1) has 1/sqrt(3), cyan (-1, 1, 1) its negative."""
+        """Pixels in [-1, 1] against (1, 0, 0): white (1, 1, 1) has 1/sqrt(3), cyan (-1, 1, 1) has -1/sqrt(3)."""
         colours = ["cyan", "white", (255, 128, 128), "black", "blue"]
         images = [Image.new("RGB", (4, 4), colour) for colour in colours]
         signed = [(-1, 1, 1), (1, 1, 1), (1, 1 / 255, 1 / 255), (-1, -1, -1), (-1, -1, 1)]
