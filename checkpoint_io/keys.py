@@ -59,7 +59,8 @@ def load_strict(
         else:
             if parameter.is_meta:
                 parameter = parameters[ours] = _place(model, ours, torch.empty_like(parameter, device="cpu"))
-            parameter.detach().chunk(parts)[index].copy_(tensor)
+            slot = parameter.detach().chunk(parts)[index] if parts > 1 else parameter.detach()
+            slot.copy_(tensor)
     problems += [f"missing {name} {tuple(parameters[name].shape)}" for name in parameters if filled.get(name, 1)]
     if problems:
         raise CheckpointError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
 from checkpoint_io.config import read_yaml
 from checkpoint_io.tensors import CheckpointError, read_tensors
 
+T = TypeVar("T")
 Layout: TypeAlias = Literal["native", "minDALL-E", "minDALL-E fine-tuned", "rq-vae", "taming"]
 PartName: TypeAlias = Literal["image_tokenizer", "model"]
 
@@ -24,6 +25,27 @@ class CheckpointPart:
     config: dict[str, Any]  # the YAML file that describes it, whole
     file: Path  # where its tensors are
     prefix: str = ""  # of its tensors' names in that file
+
+    def translate_config(self, translate: Callable[[Mapping[str, Any]], T]) -> T:
+        """Read the config with a function for its layout.
+
+        Args:
+            translate: from the mapping in the YAML file to a typed config.
+
+        Returns:
+            What `translate` returns.
+
+        Raises:
+            CheckpointError: if a setting is missing, of another type or out of range.
+        """
+        try:
+            return translate(self.config)
+        except KeyError as error:
+            raise CheckpointError(
+                f"the config of {self.file} lacks the setting {error}: is it the config.yaml of a {self.layout} release?"
+            ) from error
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            raise CheckpointError(f"the config of {self.file} is not usable: {error}") from error
 
     def read(self, *, use_ema: bool = False) -> dict[str, Tensor]:
         """Read the part's tensors; their storage is mapped from the file, not copied.

@@ -124,12 +124,12 @@ def tokenizer_from_part(part: CheckpointPart, *, use_ema: bool = False) -> Quant
         model = tokenizer_from_config(part.config["image_tokenizer"], where=f"image_tokenizer of {part.file.parent}")
         tensors, table = part.read(), None
     elif part.layout == "rq-vae":
-        model = _empty(RQVAE, rqvae_config(part.config))
+        model = _empty(RQVAE, part.translate_config(rqvae_config))
         tensors, table = part.read(use_ema=use_ema), RQVAE_KEYS
         _untie_codebooks(tensors, model.config.quantizer, source=str(part.file))
     else:
-        config = taming_config(part.config) if part.layout == "taming" else mindalle_config(part.config)
-        model = _empty(VQGAN, config)
+        translate = taming_config if part.layout == "taming" else mindalle_config
+        model = _empty(VQGAN, part.translate_config(translate))
         tensors, table = part.read(use_ema=use_ema), VQGAN_KEYS
     load_strict(model, tensors, source=str(part.file), table=table)
     return model.eval()  # type: ignore[no-any-return]
@@ -176,9 +176,14 @@ def mindalle_config(yaml: Mapping[str, Any]) -> VQGANConfig:
 
 def taming_config(yaml: Mapping[str, Any]) -> VQGANConfig:
     """The config of a taming VQModel, alone or inside a Net2Net transformer's project file."""
-    params = yaml["model"]["params"]
-    if "first_stage_config" in params:
-        params = params["first_stage_config"]["params"]
+    model = yaml["model"]
+    model = model["params"].get("first_stage_config", model)
+    params = model["params"]
+    if str(model.get("target", "")).endswith("GumbelVQ") or params.get("remap") or params.get("colorize_nlabels"):
+        raise CheckpointError(
+            f"this is a {model.get('target')} with remap {params.get('remap')} and colorize_nlabels "
+            f"{params.get('colorize_nlabels')}: only plain VQModels for RGB images are supported"
+        )
     convnet = _convnet_config(_section(params, "ddconfig", "taming VQModel"))
     return _vqgan_config(convnet, width=params["embed_dim"], codebook_size=params["n_embed"])
 

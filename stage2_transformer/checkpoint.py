@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,6 +70,9 @@ RQ_KEYS: KeyTable = (
     }
 )
 
+WITH_LEADING_ONE = {"pos_emb_cond", "pos_emb_hw", "pos_emb_d", "sos"}
+"""Parameters that the originals keep as (1, n, C)."""
+
 ACTIVATIONS: dict[Any, Literal["gelu", "quick_gelu"]] = {
     "v1": "gelu",
     "v2": "quick_gelu",
@@ -98,17 +102,17 @@ def model_from_part(
     tensors: dict[str, Tensor]
     table: KeyTable | None = None
     if part.layout == "native":
-        section = part.config["model"]
-        config = model_config(section, where=f"model of {part.file.parent}")
+        config = model_config(part.config["model"], where=f"model of {part.file.parent}")
         tensors = part.read()
     elif part.layout == "rq-vae":
-        config, table, tensors = rq_config(part.config), RQ_KEYS, part.read(use_ema=use_ema)
+        config, table, tensors = part.translate_config(rq_config), RQ_KEYS, part.read(use_ema=use_ema)
     else:
-        config, table, tensors = mindalle_config(part.config, code_shape), MINDALLE_KEYS, part.read(use_ema=use_ema)
+        config = part.translate_config(partial(mindalle_config, code_shape=code_shape))
+        table, tensors = MINDALLE_KEYS, part.read(use_ema=use_ema)
     check_fit(config, code_shape, codebook, source=str(part.file))
     model = build_model(config, codebook)
-    if table is not None and not isinstance(config, GPTConfig) or "sos" in tensors:
-        tensors = {name: _drop_leading_ones(tensor) for name, tensor in tensors.items()}
+    for name in WITH_LEADING_ONE & set(tensors):
+        tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
     load_strict(model, tensors, source=str(part.file), table=table)
     return model.eval()
 
@@ -174,11 +178,6 @@ def build_model(config: GPTConfig | RQTransformerConfig, codebook: Tensor) -> GP
     """
     with torch.device("meta"):
         return GPT(config) if isinstance(config, GPTConfig) else RQTransformer(config, codebook)
-
-
-def _drop_leading_ones(tensor: Tensor) -> Tensor:
-    """The originals keep position embeddings and start vectors as (1, n, C) or (1, 1, C): ours are (n, C)."""
-    return tensor.flatten(0, 1) if tensor.ndim == 3 and tensor.shape[0] == 1 else tensor
 
 
 def mindalle_config(yaml: Mapping[str, Any], code_shape: tuple[int, ...]) -> GPTConfig:
