@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, MutableMapping
-from functools import lru_cache
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -14,8 +14,8 @@ from checkpoint_io.tensors import CheckpointError
 
 KeyTable: TypeAlias = "Mapping[str, str | None]"
 """Their name -> our name. `{}` stands for a number, `*` for weight or bias, `**` for anything; `None` drops the tensor on
-purpose; a target `name[i/n]` makes the tensor part i of n of ours along dimension 0 (their query, key and value are our
-one qkv)."""
+purpose; a target `name[i/n]` makes the tensor part i of n of ours along dimension 0 (their query, key and
+value are our one qkv)."""
 
 _PART = re.compile(r"^(?P<name>.*)\[(?P<index>\d+)/(?P<parts>\d+)\]$")
 
@@ -26,15 +26,16 @@ def load_strict(
     """Fill all of `model` from `tensors`.
 
     Args:
-        model: its parameters may be on the meta device: each gets its storage when its tensor arrives. A tensor that
-            fits as it is becomes the parameter, still mapped from its file, so that weights are in memory once.
+        model: its parameters may be on the meta device: each gets its storage when its tensor arrives. A
+            tensor that fits as it is becomes the parameter, still mapped from its file, so that weights are
+            in memory once.
         tensors: name -> tensor; emptied on the way.
         source: where the tensors come from, for messages.
         table: foreign names -> ours; None when the names are ours already.
 
     Raises:
-        CheckpointError: if a tensor is not in the table, fits no parameter or has another shape, or if a parameter
-            got no tensor. All offending keys are listed.
+        CheckpointError: if a tensor is not in the table, fits no parameter or has another shape, or if a
+            parameter got no tensor. All offending keys are listed.
     """
     parameters = dict(model.state_dict(keep_vars=True))
     problems = []
@@ -45,12 +46,16 @@ def load_strict(
         if target is None:
             continue
         part = _PART.match(target)
-        ours, index, parts = (part["name"], int(part["index"]), int(part["parts"])) if part else (target, 0, 1)
+        ours, index, parts = (
+            (part["name"], int(part["index"]), int(part["parts"])) if part else (target, 0, 1)
+        )
         if ours not in parameters:
             problems.append(f"unexpected {name} {tuple(tensor.shape)}")
             continue
         parameter = parameters[ours]
-        expected = (parameter.shape[0] // parts, *parameter.shape[1:]) if parts > 1 else tuple(parameter.shape)
+        expected = (
+            (parameter.shape[0] // parts, *parameter.shape[1:]) if parts > 1 else tuple(parameter.shape)
+        )
         filled[ours] = filled.get(ours, parts) - 1
         if tuple(tensor.shape) != expected:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
@@ -61,7 +66,9 @@ def load_strict(
                 parameter = parameters[ours] = _place(model, ours, torch.empty_like(parameter, device="cpu"))
             slot = parameter.detach().chunk(parts)[index] if parts > 1 else parameter.detach()
             slot.copy_(tensor)
-    problems += [f"missing {name} {tuple(parameters[name].shape)}" for name in parameters if filled.get(name, 1)]
+    problems += [
+        f"missing {name} {tuple(parameters[name].shape)}" for name in parameters if filled.get(name, 1)
+    ]
     if problems:
         raise CheckpointError(
             f"{source} does not fit its config, {len(problems)} keys: {'; '.join(problems[:20])}"
@@ -77,8 +84,8 @@ def translate(name: str, table: KeyTable) -> str | None:
         table: see `KeyTable`.
 
     Returns:
-        Our name, None for a tensor dropped on purpose, and for a name that is not in the table a note saying so, which
-        fits no parameter and thus gets reported.
+        Our name, None for a tensor dropped on purpose, and for a name that is not in the table a note saying
+        so, which fits no parameter and thus gets reported.
     """
     for theirs, ours in table.items():
         match = _regex(theirs).fullmatch(name)
@@ -87,7 +94,7 @@ def translate(name: str, table: KeyTable) -> str | None:
     return "(no rule for this key)"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _regex(pattern: str) -> re.Pattern[str]:
     escaped = re.escape(pattern).replace(r"\{\}", r"(\d+)")
     return re.compile(escaped.replace(r"\*\*", ".*").replace(r"\*", "(weight|bias)"))

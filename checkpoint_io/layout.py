@@ -42,7 +42,8 @@ class CheckpointPart:
             return translate(self.config)
         except KeyError as error:
             raise CheckpointError(
-                f"the config of {self.file} lacks the setting {error}: is it the config.yaml of a {self.layout} release?"
+                f"the config of {self.file} lacks the setting {error}: "
+                f"is it the config.yaml of a {self.layout} release?"
             ) from error
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             raise CheckpointError(f"the config of {self.file} is not usable: {error}") from error
@@ -65,16 +66,21 @@ class CheckpointPart:
         if section in content:
             content = content[section]
         elif use_ema:
-            raise CheckpointError(f"{self.file} has no EMA weights (keys: {', '.join(list(content)[:8])})")
+            raise CheckpointError(f"{self.file} has no EMA weights (keys: {_first_keys(content)})")
+        if not isinstance(content, Mapping):
+            raise CheckpointError(
+                f"{section} of {self.file} is a {type(content).__name__}, expected a mapping of names to tensors"
+            )
         tensors = {
             name.removeprefix("module.").removeprefix(self.prefix): value
             for name, value in content.items()
-            if isinstance(value, Tensor) and name.removeprefix("module.").startswith(self.prefix)
+            if isinstance(name, str)
+            and isinstance(value, Tensor)
+            and name.removeprefix("module.").startswith(self.prefix)
         }
         if not tensors:
-            raise CheckpointError(
-                f"{self.file} holds no tensors named {self.prefix or 'at all'} (keys: {', '.join(list(content)[:8])})"
-            )
+            wanted = f"tensors named {self.prefix}*" if self.prefix else "tensors"
+            raise CheckpointError(f"{self.file} holds no {wanted} (keys: {_first_keys(content)})")
         return tensors
 
 
@@ -102,8 +108,9 @@ def find_parts(path: str | Path) -> dict[PartName, CheckpointPart]:
     found = ", ".join(sorted(entry.name for entry in root.iterdir())[:12]) or "nothing"
     raise CheckpointError(
         f"{path} is no checkpoint of a known layout: it holds {found}. Expected one of: native (config.yaml, "
-        "*.safetensors), minDALL-E (config.yaml, stage1_last.ckpt, stage2_last.ckpt, tokenizer/), minDALL-E fine-tuned "
-        "(config.yaml, a .ckpt), rq-vae (stage1/ and stage2/ with model.pt and config.yaml), taming (a .ckpt and a .yaml)"
+        "*.safetensors), minDALL-E (config.yaml, stage1_last.ckpt, stage2_last.ckpt, tokenizer/), minDALL-E "
+        "fine-tuned (config.yaml, a .ckpt), rq-vae (stage1/ and stage2/ with model.pt and config.yaml), taming "
+        "(a .ckpt and a .yaml)"
     )
 
 
@@ -134,7 +141,7 @@ def _find_rq(root: Path, path: Path) -> dict[PartName, CheckpointPart]:
 
 
 def _find_mindalle(root: Path, path: Path) -> dict[PartName, CheckpointPart]:
-    """A release directory, or a Lightning checkpoint of the fine-tuned model, where both parts are in one file."""
+    """A release directory, or a Lightning checkpoint of the fine-tuned model, both parts in one file."""
     if not (root / "config.yaml").is_file():
         return {}
     config = read_yaml(root / "config.yaml")
@@ -142,14 +149,18 @@ def _find_mindalle(root: Path, path: Path) -> dict[PartName, CheckpointPart]:
         return {}
     if (root / "stage1_last.ckpt").exists() or (root / "stage2_last.ckpt").exists():
         return {
-            "image_tokenizer": CheckpointPart(layout="minDALL-E", config=config, file=root / "stage1_last.ckpt"),
+            "image_tokenizer": CheckpointPart(
+                layout="minDALL-E", config=config, file=root / "stage1_last.ckpt"
+            ),
             "model": CheckpointPart(layout="minDALL-E", config=config, file=root / "stage2_last.ckpt"),
         }
     file = _checkpoint_file(root, path)
     if file is None:
         return {}
     return {
-        "image_tokenizer": CheckpointPart(layout="minDALL-E fine-tuned", config=config, file=file, prefix="stage1."),
+        "image_tokenizer": CheckpointPart(
+            layout="minDALL-E fine-tuned", config=config, file=file, prefix="stage1."
+        ),
         "model": CheckpointPart(layout="minDALL-E fine-tuned", config=config, file=file, prefix="stage2."),
     }
 
@@ -167,7 +178,9 @@ def _find_taming(root: Path, path: Path) -> dict[PartName, CheckpointPart]:
         params = _dig(config, "model", "params")
         if not isinstance(params, Mapping):
             continue
-        prefix = "first_stage_model." if "first_stage_config" in params else ""  # a Net2Net transformer's tokenizer
+        prefix = (
+            "first_stage_model." if "first_stage_config" in params else ""
+        )  # a Net2Net transformer's tokenizer
         return {"image_tokenizer": CheckpointPart(layout="taming", config=config, file=file, prefix=prefix)}
     return {}
 
@@ -180,6 +193,10 @@ def _checkpoint_file(folder: Path, path: Path) -> Path | None:
     if (folder / "last.ckpt") in found:
         return folder / "last.ckpt"
     return found[0] if len(found) == 1 else None
+
+
+def _first_keys(mapping: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, list(mapping)[:8])) or "none"
 
 
 def _dig(mapping: Any, *keys: str) -> Any:

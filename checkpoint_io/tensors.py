@@ -108,7 +108,13 @@ def _stand_in(name: str) -> type:
     return type(
         qualname,
         (),
-        {"__new__": new, "__init__": ignore, "__setstate__": ignore, "__module__": module, "__hash__": object.__hash__},
+        {
+            "__new__": new,
+            "__init__": ignore,
+            "__setstate__": ignore,
+            "__module__": module,
+            "__hash__": object.__hash__,
+        },
     )
 
 

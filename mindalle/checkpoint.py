@@ -79,7 +79,9 @@ def load_checkpoint(
     part = parts.get("model", parts["image_tokenizer"])
     _check_native(part)
     image_tokenizer = tokenizer_from_part(parts["image_tokenizer"])
-    checkpoint = Checkpoint(layout=part.layout, image_tokenizer=image_tokenizer, sampling=sampling_defaults(part))
+    checkpoint = Checkpoint(
+        layout=part.layout, image_tokenizer=image_tokenizer, sampling=sampling_defaults(part)
+    )
     if "model" in parts:
         checkpoint.model = model_from_part(
             parts["model"],
@@ -139,7 +141,9 @@ def _find_text_tokenizer(
     condition = model.config.condition
     root = path if path.is_dir() else path.parent
     candidates = [root / "text_tokenizer.json", root / "tokenizer", root]
-    candidates += sorted(root.resolve().parent.glob("*/tokenizer"))  # rq-vae-transformer's releases have none: minDALL-E's
+    candidates += sorted(
+        root.resolve().parent.glob("*/tokenizer")
+    )  # rq-vae-transformer's releases have none: minDALL-E's
     for candidate in [Path(given)] if given is not None else candidates:
         is_there = candidate.is_file() or all((candidate / name).is_file() for name in BPE16K_FILES)
         if not is_there and given is None:
@@ -205,4 +209,3 @@ def _section(model: Any, table: Mapping[str, tuple[type[Any], type[Any]]]) -> di
 def _write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-

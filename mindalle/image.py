@@ -62,7 +62,8 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     scale = max(height / image.height, width / image.width)
     resized = image.resize(
-        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BICUBIC
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+        Image.Resampling.BICUBIC,
     )
     left, top = (resized.width - width) // 2, (resized.height - height) // 2
     return resized.crop((left, top, left + width, top + height))
@@ -111,7 +112,9 @@ def contact_sheet(
         left, top = gap + (i % columns) * (cell + gap), gap + (i // columns) * (cell + line + gap)
         scale = cell / max(image.size)
         resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        resized = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
+        resized = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample
+        )
         sheet.paste(resized, (left, top))
         if captions:
             text = captions[i]

@@ -52,7 +52,9 @@ class Preview:
         is_done = torch.arange(shape[0] * shape[1], device=images.device) < self.num_done // depth
         cell = (images.shape[2] // shape[0], images.shape[3] // shape[1])
         # (h * w,) -> (H, W): every code position covers one cell of pixels
-        is_drawn = is_done.view(shape[0], shape[1]).repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1)
+        is_drawn = (
+            is_done.view(shape[0], shape[1]).repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1)
+        )
         return to_pil(torch.where(is_drawn, images, 1.0))
 
 
@@ -95,11 +97,12 @@ class Pipeline:
         """Load a pipeline.
 
         Args:
-            name: a bundled model ("emoji"), a local checkpoint of any known layout, a release ("minDALL-E/1.3B",
-                "rq-vae/cc3m", ...), or a Hugging Face hub id.
+            name: a bundled model ("emoji"), a local checkpoint of any known layout, a release
+                ("minDALL-E/1.3B", "rq-vae/cc3m", ...), or a Hugging Face hub id.
             device: where the models compute.
             precision: "fp32", "bf16" or "fp16", of the sequence model.
-            clip: the CLIP to rerank with, see `ClipReranker.from_pretrained`; None = the checkpoint's own, if any.
+            clip: the CLIP to rerank with, see `ClipReranker.from_pretrained`; None = the checkpoint's own,
+                if any.
             text_tokenizer: file or directory, where it is not with the checkpoint.
             use_ema: take averaged weights, where the files have them.
 
@@ -141,8 +144,8 @@ class Pipeline:
         Args:
             prompt: text, a class label, or None, as the model wants it.
             num_images: pictures to return, >= 1.
-            num_candidates: pictures to draw and choose from, >= num_images; None = the checkpoint's default. Without
-                a reranker no more than `num_images` are drawn.
+            num_candidates: pictures to draw and choose from, >= num_images; None = the checkpoint's default.
+                Without a reranker no more than `num_images` are drawn.
             params: how to sample; None = the checkpoint's defaults.
             seed: candidate i depends on the model, the prompt, `params`, this seed and i alone.
             batch_size: candidates drawn at once, >= 1; changes memory and speed, not the pictures.
@@ -156,36 +159,56 @@ class Pipeline:
             ValueError: if the model has no such condition, or a number is out of range.
         """
         if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
-        can_rank = self.reranker is not None and isinstance(prompt, str)
-        wanted = num_candidates if num_candidates is not None else num_images * self.sampling.num_candidates
-        if wanted < num_images:
-            raise ValueError(f"num_candidates must be at least num_images = {num_images}, got {wanted}")
-        if not can_rank:
-            if num_candidates is not None and wanted > num_images:
-                logger.warning("nothing to rank with: drawing %d images instead of %d candidates", num_images, wanted)
-            wanted = num_images
+            raise ValueError(
+                f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
+            )
+        wanted = self.count_candidates(prompt, num_images, num_candidates)
+        if num_candidates is not None and wanted < num_candidates:
+            logger.warning("nothing to rank with: %d candidates are drawn, not %d", wanted, num_candidates)
+        cond = self.encode_condition(prompt)  # once: it warns of words that are lost
         batches = []
         for first in range(0, wanted, batch_size):
             last: Preview | None = None
-            for last in self.stream(
-                prompt,
-                num_images=min(batch_size, wanted - first),
-                first_index=first,
-                params=params,
-                seed=seed,
-                known=known,
-            ):
+            seeds = image_seeds(seed, min(batch_size, wanted - first), first)
+            for last in self._stream(cond, seeds, params, known):
                 if on_step is not None:
                     on_step(last)
             assert last is not None
             batches.append(last.codes.clone())
-        codes = torch.cat(batches)
+        return self.choose(torch.cat(batches), prompt, num_images, batch_size=batch_size)
+
+    def count_candidates(
+        self, prompt: str | int | None, num_images: int, num_candidates: int | None = None
+    ) -> int:
+        """How many pictures a call draws: without something to rank with no more than it returns.
+
+        Raises:
+            ValueError: if there are fewer candidates than images.
+        """
+        wanted = num_candidates if num_candidates is not None else num_images * self.sampling.num_candidates
+        if wanted < num_images:
+            raise ValueError(f"num_candidates must be at least num_images = {num_images}, got {wanted}")
+        return wanted if self.reranker is not None and isinstance(prompt, str) else num_images
+
+    def choose(
+        self, codes: Tensor, prompt: str | int | None, num_images: int, *, batch_size: int = 16
+    ) -> Generation:
+        """Decode candidates and keep the best; without a reranker or a prompt the first.
+
+        Args:
+            codes: int64 (B, *code_shape) of candidates 0 to B - 1.
+            prompt: they were drawn for.
+            num_images: to keep, at most B.
+            batch_size: pictures decoded at once.
+
+        Returns:
+            The pictures.
+        """
+        if self.reranker is None or not isinstance(prompt, str):
+            codes = codes[:num_images]
+            images = self.decode(codes, batch_size=batch_size)
+            return Generation(images=images, scores=None, codes=codes, indices=list(range(len(codes))))
         images = self.decode(codes, batch_size=batch_size)
-        if not can_rank:
-            return Generation(images=images, scores=None, codes=codes, indices=list(range(wanted)))
-        assert self.reranker is not None
-        assert isinstance(prompt, str)
         scores = self.reranker.score(images, prompt)
         order = scores.argsort(descending=True, stable=True)[:num_images].tolist()
         return Generation(
@@ -218,14 +241,20 @@ class Pipeline:
         Yields:
             A preview after each code; its images are decoded only if asked for.
         """
-        model = self._require_model()
-        cond = self.encode_condition(prompt)
         seeds = image_seeds(seed, num_images, first_index)
-        for num_done, codes in iterate_codes(model, cond, params or self.sampling.params, seeds=seeds, known=known):
+        yield from self._stream(self.encode_condition(prompt), seeds, params, known)
+
+    def _stream(
+        self, cond: Tensor | None, seeds: list[int], params: SamplingParams | None, known: Tensor | None
+    ) -> Iterator[Preview]:
+        model = self._require_model()
+        for num_done, codes in iterate_codes(
+            model, cond, params or self.sampling.params, seeds=seeds, known=known
+        ):
             yield Preview(
                 num_done=num_done,
                 num_codes=codes.shape[1],
-                codes=codes.view(num_images, *model.code_shape),  # (B, T) -> (B, *code_shape)
+                codes=codes.view(len(seeds), *model.code_shape),  # (B, T) -> (B, *code_shape)
                 image_tokenizer=self.image_tokenizer,
             )
 
@@ -248,8 +277,8 @@ class Pipeline:
         if not isinstance(prompt, wanted):
             raise ValueError(
                 {
-                    "text": f"this model draws from text, got {prompt!r}: pass a prompt",
-                    "class": f"this model draws classes 0 to {condition.vocab_size - 1}, got {prompt!r}: pass a class label",
+                    "text": f"this model draws from text, got {prompt!r}: pass a prompt (--prompt TEXT)",
+                    "class": f"this model draws classes 0 to {condition.vocab_size - 1}, got {prompt!r}: pass a class label (--class-label N)",
                     "none": f"this model is unconditional, got {prompt!r}: pass no prompt and no class label",
                 }[condition.kind]
             )
@@ -290,9 +319,15 @@ class Pipeline:
     def decode(self, codes: Tensor, *, batch_size: int = 16) -> list[Image.Image]:
         """Codes (B, *code_shape) to PIL images, `batch_size` at a time."""
         with torch.inference_mode():
-            return [image for chunk in codes.split(batch_size) for image in to_pil(self.image_tokenizer.decode(chunk))]
+            return [
+                image
+                for chunk in codes.split(batch_size)
+                for image in to_pil(self.image_tokenizer.decode(chunk))
+            ]
 
     def _require_model(self) -> GPT | RQTransformer:
         if self.model is None:
-            raise ValueError("this checkpoint holds an image tokenizer only: it reconstructs, but cannot generate")
+            raise ValueError(
+                "this checkpoint holds an image tokenizer only: it reconstructs, but cannot generate"
+            )
         return self.model

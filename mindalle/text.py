@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import BertNormalizer, Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
@@ -31,9 +33,14 @@ class TextTokenizer:
     """Encodes texts as a model expects them: ids padded and truncated on the right to one length.
 
     Args:
-        tokenizer: a Hugging Face tokenizer whose vocabulary has [PAD] = 0 and [UNK].
+        tokenizer: a Hugging Face tokenizer whose vocabulary has [PAD] = 0 and [UNK]; its own padding and
+            truncation are switched off.
         length: N, ids per text, >= 1.
         vocab_size: ids the model knows; larger ones are read as [UNK]. None = all of the tokenizer's.
+
+    Raises:
+        ValueError: if `length` is out of range.
+        CheckpointError: if the tokenizer has other special tokens, or the model does not know [UNK].
     """
 
     def __init__(self, tokenizer: Tokenizer, *, length: int, vocab_size: int | None = None) -> None:
@@ -44,10 +51,17 @@ class TextTokenizer:
                 f"a text tokenizer needs {PAD} = 0 and {UNKNOWN}, got {tokenizer.token_to_id(PAD)} and "
                 f"{tokenizer.token_to_id(UNKNOWN)}: is this the tokenizer of the model?"
             )
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         self.tokenizer = tokenizer
         self.length = length
         self.unknown_id: int = tokenizer.token_to_id(UNKNOWN)
-        self.vocab_size = vocab_size or tokenizer.get_vocab_size()
+        self.vocab_size = tokenizer.get_vocab_size() if vocab_size is None else vocab_size
+        if self.unknown_id >= self.vocab_size:
+            raise CheckpointError(
+                f"the model knows {self.vocab_size} words, too few for {UNKNOWN} = {self.unknown_id}: "
+                "is this the tokenizer of the model?"
+            )
         if self.vocab_size < tokenizer.get_vocab_size():
             logger.warning(
                 "the text tokenizer has %d words, the model %d: the others are read as %s",
@@ -85,25 +99,39 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, length: int) -> TextTokenizer:
-        """Train a BPE tokenizer, lower case, of the same kind as the originals'.
+        """Train a BPE tokenizer, lower case, of the same kind as the originals'; the same texts give the same one.
 
         Args:
             texts: to count pairs in.
-            vocab_size: of the tokenizer, special tokens included.
+            vocab_size: of the tokenizer, special tokens included, >= 4; fewer if the texts do not have as many.
+                Characters beyond it are read as [UNK], the rarest first.
             length: N, ids per text.
 
         Returns:
             The tokenizer.
+
+        Raises:
+            ValueError: if `vocab_size` is out of range.
         """
+        if vocab_size < 4:
+            raise ValueError(f"vocab_size must be at least 4 ({PAD}, {UNKNOWN} and a character), got {vocab_size}")
         tokenizer = _char_bpe(BPE(unk_token=UNKNOWN, end_of_word_suffix=WORD_END))
+        texts = list(texts)
+        alphabet, finals = _alphabet(tokenizer, texts, limit=(vocab_size - 2) // 2)
+        # the trainer numbers what it meets in an order that changes from run to run: here all is known in advance
         trainer = BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[PAD, UNKNOWN],
+            special_tokens=[PAD, UNKNOWN, *(character + WORD_END for character in finals)],
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
             end_of_word_suffix=WORD_END,
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer, length=length)
+        trained = json.loads(tokenizer.to_str())["model"]
+        merges = [(left, right) for left, right in trained["merges"]]
+        model = BPE(trained["vocab"], merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
+        return cls(_char_bpe(model), length=length)
 
     def save(self, path: str | Path) -> None:
         """Write the native file, atomically."""
@@ -125,18 +153,39 @@ class TextTokenizer:
         if isinstance(texts, str) or not len(texts):
             raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
         ids = torch.zeros(len(texts), self.length, dtype=torch.int64)
-        for row, (text, encoding) in enumerate(zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)):
+        for row, (text, encoding) in enumerate(
+            zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)
+        ):
             kept = [i if i < self.vocab_size else self.unknown_id for i in encoding.ids[: self.length]]
             ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
             if len(encoding.ids) > self.length:
-                lost = text[encoding.offsets[self.length][0] :]
                 logger.warning(
                     "the prompt has %d tokens, the model reads %d; these words are lost: %s",
                     len(encoding.ids),
                     self.length,
-                    lost,
+                    text[_word_start(encoding, self.length) :],
                 )
         return ids
+
+
+def _word_start(encoding: Encoding, position: int) -> int:
+    """Where in the text the word begins that a token is part of."""
+    word = encoding.token_to_word(position)
+    span = None if word is None else encoding.word_to_chars(word)
+    start: int = encoding.offsets[position][0] if span is None else span[0]
+    return start
+
+
+def _alphabet(tokenizer: Tokenizer, texts: Sequence[str], *, limit: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters, at most `limit`, and those of them that end a word, both sorted."""
+    counts: Counter[str] = Counter()
+    finals: set[str] = set()
+    for text in texts:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            counts.update(word)
+            finals.add(word[-1])
+    frequent = sorted(counts, key=lambda character: (-counts[character], character))[:limit]
+    return sorted(frequent), sorted(finals.intersection(frequent))
 
 
 def _char_bpe(model: BPE) -> Tokenizer:
@@ -144,6 +193,7 @@ def _char_bpe(model: BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = NormalizerSequence([BertNormalizer(lowercase=False), Lowercase()])
     tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.add_special_tokens([UNKNOWN])  # a word of its own in a text, as in Hugging Face's CharBPETokenizer
     return tokenizer
 
 
@@ -153,6 +203,8 @@ def _read_bpe16k(folder: Path) -> Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {path.name}: expected {' and '.join(BPE16K_FILES)}")
         if hashlib.md5(path.read_bytes()).hexdigest() != BPE16K_FILES[path.name]:
-            logger.warning("%s is not the released BPE-16k file: prompts may be read otherwise than in training", path)
+            logger.warning(
+                "%s is not the released BPE-16k file: prompts may be read otherwise than in training", path
+            )
     model = BPE.from_file(str(vocab), str(merges), unk_token=UNKNOWN, end_of_word_suffix=WORD_END)
     return _char_bpe(model)

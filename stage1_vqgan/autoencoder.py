@@ -43,7 +43,7 @@ class QuantizedAutoencoder(nn.Module):
         return self.convnet.downsampling
 
     def codebook(self) -> Tensor:
-        """All codebooks (D, V, C), padded with zero rows to the largest V; what an RQ-Transformer is given."""
+        """All codebooks (D, V, C), padded with zero rows to the largest V: what an RQ-Transformer reads."""
         return self.quantizer.all_codebooks()
 
     def encode_latents(self, images: Tensor) -> Tensor:
@@ -73,7 +73,8 @@ class QuantizedAutoencoder(nn.Module):
         """Draw the images that codes stand for.
 
         Args:
-            codes: int64 (B, h, w), or (B, h, w, D') of which D' < D give a coarser picture; in [0, V); any grid.
+            codes: int64 (B, h, w), or (B, h, w, D') of which D' < D give a coarser picture; in [0, V); any
+                grid.
 
         Returns:
             (B, 3, h * downsampling, w * downsampling), about [-1, 1] and not clamped.

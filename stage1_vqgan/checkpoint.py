@@ -1,4 +1,4 @@
-"""Image tokenizers from checkpoints: the native layout and those of taming, minDALL-E and rq-vae-transformer."""
+"""Image tokenizers from checkpoints: native, and those of taming, minDALL-E and rq-vae-transformer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_io import CheckpointError, CheckpointPart, KeyTable, config_from_mapping, find_parts, load_strict
+from checkpoint_io import (
+    CheckpointError,
+    CheckpointPart,
+    KeyTable,
+    config_from_mapping,
+    find_parts,
+    load_strict,
+)
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.convnet import ConvNetConfig
 from stage1_vqgan.quantize import ResidualQuantizerConfig, VectorQuantizerConfig
@@ -22,7 +29,7 @@ STAGE1: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """Type in a native config.yaml -> class and config."""
 
-_ENCODER_DECODER: KeyTable = {
+_ENCODER_DECODER: dict[str, str | None] = {
     "encoder.conv_in.*": "encoder.conv_in.*",
     "encoder.down.{}.block.{}.norm1.*": "encoder.levels.{}.blocks.{}.norm1.*",
     "encoder.down.{}.block.{}.conv1.*": "encoder.levels.{}.blocks.{}.conv1.*",
@@ -89,21 +96,25 @@ def load_tokenizer(path: str | Path, *, use_ema: bool = False) -> QuantizedAutoe
     """Load an image tokenizer, in evaluation mode, float32, on the CPU.
 
     Args:
-        path: a native directory; a minDALL-E release directory or fine-tuned `.ckpt`; an rq-vae-transformer release
-            or its `stage1` directory; a taming VQGAN directory or `.ckpt` with its YAML file beside it.
-        use_ema: take the averaged weights, where the file has them (rq-vae-transformer's training checkpoints).
+        path: a native directory; a minDALL-E release directory or fine-tuned `.ckpt`; an rq-vae-transformer
+            release or its `stage1` directory; a taming VQGAN directory or `.ckpt` with its YAML file beside
+            it.
+        use_ema: take the averaged weights, where the file has them (rq-vae-transformer's training
+            checkpoints).
 
     Returns:
         A VQGAN or an RQVAE.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        CheckpointError: if the checkpoint is damaged, of an unknown layout, without an image tokenizer, or at odds
-            with its config.
+        CheckpointError: if the checkpoint is damaged, of an unknown layout, without an image tokenizer, or
+            at odds with its config.
     """
     part = find_parts(path).get("image_tokenizer")
     if part is None:
-        raise CheckpointError(f"{path} holds no image tokenizer, only a sequence model: pass the other part's path")
+        raise CheckpointError(
+            f"{path} holds no image tokenizer, only a sequence model: pass the other part's path"
+        )
     return tokenizer_from_part(part, use_ema=use_ema)
 
 
@@ -121,7 +132,9 @@ def tokenizer_from_part(part: CheckpointPart, *, use_ema: bool = False) -> Quant
         CheckpointError: if weights and config are at odds, or the file is damaged.
     """
     if part.layout == "native":
-        model = tokenizer_from_config(part.config["image_tokenizer"], where=f"image_tokenizer of {part.file.parent}")
+        model = tokenizer_from_config(
+            part.config["image_tokenizer"], where=f"image_tokenizer of {part.file.parent}"
+        )
         tensors, table = part.read(), None
     elif part.layout == "rq-vae":
         model = _empty(RQVAE, part.translate_config(rqvae_config))
@@ -168,10 +181,18 @@ def mindalle_config(yaml: Mapping[str, Any]) -> VQGANConfig:
     stage1 = yaml["stage1"]
     hparams = dict(stage1["hparams"])
     hparams["dropout"] = hparams.pop("pdrop", 0.0)
-    defaults = {"resolution": 256, "ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "double_z": False}
+    defaults = {
+        "resolution": 256,
+        "ch": 128,
+        "ch_mult": [1, 1, 2, 2, 4],
+        "num_res_blocks": 2,
+        "double_z": False,
+    }
     defaults |= {"attn_resolutions": [16], "z_channels": 256}
     convnet = _convnet_config(defaults | hparams)
-    return _vqgan_config(convnet, width=stage1.get("embed_dim", 256), codebook_size=stage1.get("n_embed", 16384))
+    return _vqgan_config(
+        convnet, width=stage1.get("embed_dim", 256), codebook_size=stage1.get("n_embed", 16384)
+    )
 
 
 def taming_config(yaml: Mapping[str, Any]) -> VQGANConfig:
@@ -179,7 +200,11 @@ def taming_config(yaml: Mapping[str, Any]) -> VQGANConfig:
     model = yaml["model"]
     model = model["params"].get("first_stage_config", model)
     params = model["params"]
-    if str(model.get("target", "")).endswith("GumbelVQ") or params.get("remap") or params.get("colorize_nlabels"):
+    if (
+        str(model.get("target", "")).endswith("GumbelVQ")
+        or params.get("remap")
+        or params.get("colorize_nlabels")
+    ):
         raise CheckpointError(
             f"this is a {model.get('target')} with remap {params.get('remap')} and colorize_nlabels "
             f"{params.get('colorize_nlabels')}: only plain VQModels for RGB images are supported"
@@ -209,20 +234,29 @@ def rqvae_config(yaml: Mapping[str, Any]) -> RQVAEConfig:
 def _section(mapping: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     section = mapping.get(key)
     if not isinstance(section, Mapping):
-        raise CheckpointError(f"the config of this {where} has no section {key!r} (keys: {', '.join(mapping)})")
+        raise CheckpointError(
+            f"the config of this {where} has no section {key!r} (keys: {', '.join(mapping)})"
+        )
     return dict(section)
 
 
 def _vqgan_config(convnet: ConvNetConfig, *, width: int, codebook_size: int) -> VQGANConfig:
-    return VQGANConfig(convnet=convnet, quantizer=VectorQuantizerConfig(codebook_size=codebook_size, width=width))
+    return VQGANConfig(
+        convnet=convnet, quantizer=VectorQuantizerConfig(codebook_size=codebook_size, width=width)
+    )
 
 
 def _convnet_config(ddconfig: Mapping[str, Any]) -> ConvNetConfig:
     """The originals' `ddconfig` in our words."""
-    if ddconfig.get("double_z", True) or ddconfig.get("in_channels", 3) != 3 or ddconfig.get("out_ch", 3) != 3:
+    if (
+        ddconfig.get("double_z", True)
+        or ddconfig.get("in_channels", 3) != 3
+        or ddconfig.get("out_ch", 3) != 3
+    ):
         raise CheckpointError(
-            f"only RGB tokenizers without double_z are supported, got in_channels {ddconfig.get('in_channels', 3)}, "
-            f"out_ch {ddconfig.get('out_ch', 3)}, double_z {ddconfig.get('double_z', True)}"
+            "only RGB tokenizers without double_z are supported, got "
+            f"in_channels {ddconfig.get('in_channels', 3)}, out_ch {ddconfig.get('out_ch', 3)}, "
+            f"double_z {ddconfig.get('double_z', True)}"
         )
     return ConvNetConfig(
         image_size=ddconfig["resolution"],
@@ -238,19 +272,22 @@ def _convnet_config(ddconfig: Mapping[str, Any]) -> ConvNetConfig:
 def _untie_codebooks(
     tensors: MutableMapping[str, Tensor], config: ResidualQuantizerConfig, *, source: str
 ) -> None:
-    """Drop each codebook's padding row, and all copies but one of a shared codebook after checking they are equal."""
+    """Drop each codebook's padding row, and of a shared codebook all copies but one; they must be equal."""
     name = "quantizer.codebooks.{}.weight"
-    first = tensors.get(name.format(0))
+    first: Tensor | None = None
     for depth in range(config.depth):
         table = tensors.get(name.format(depth))
         if table is None or len(table) != config.codebook_sizes[depth] + 1:
             raise CheckpointError(
-                f"{source}: {name.format(depth)} should have {config.codebook_sizes[depth]} + 1 rows (the last is "
-                f"padding), got {'no such tensor' if table is None else len(table)}"
+                f"{source}: {name.format(depth)} should have {config.codebook_sizes[depth]} + 1 rows (the last "
+                f"is padding), got {'no such tensor' if table is None else len(table)}"
             )
-        if config.is_shared and depth > 0:
+        if config.is_shared and first is not None:
             if not torch.equal(table, first):
-                raise CheckpointError(f"{source}: {name.format(depth)} differs from depth 0 but the config shares them")
+                raise CheckpointError(
+                    f"{source}: {name.format(depth)} differs from depth 0 but the config shares them"
+                )
             del tensors[name.format(depth)]
         else:
+            first = table
             tensors[name.format(depth)] = table[:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,7 +18,13 @@ class ConvNetConfig:
 
     image_size: int = 256  # side of the training images in pixels; fixes which levels have attention
     channels: int = 128  # width of the first level; a multiple of 32
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # width of each level; each but the last halves the sides
+    channel_multipliers: tuple[int, ...] = (
+        1,
+        1,
+        2,
+        2,
+        4,
+    )  # width of each level; each but the last halves the sides
     num_res_blocks: int = 2  # per level of the encoder (the decoder has one more), >= 1
     attention_resolutions: tuple[int, ...] = (16,)  # levels of this side (at image_size) get self-attention
     latent_channels: int = 256  # channels of the encoder's output
@@ -29,7 +36,9 @@ class ConvNetConfig:
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(f"channel_multipliers must be positive, got {self.channel_multipliers}")
         if self.channels < 1 or self.channels % NORM_GROUPS:
-            raise ValueError(f"channels must be a multiple of {NORM_GROUPS} (group norm), got {self.channels}")
+            raise ValueError(
+                f"channels must be a multiple of {NORM_GROUPS} (group norm), got {self.channels}"
+            )
         if self.image_size < 1 or self.image_size % self.downsampling:
             raise ValueError(f"image_size must be a multiple of {self.downsampling}, got {self.image_size}")
         if self.num_res_blocks < 1 or self.latent_channels < 1:
@@ -43,7 +52,7 @@ class ConvNetConfig:
     @property
     def downsampling(self) -> int:
         """Pixels per latent along each side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        return 1 << (len(self.channel_multipliers) - 1)
 
     @property
     def latent_size(self) -> int:
@@ -60,7 +69,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """norm, swish, conv, norm, swish, dropout, conv, plus the input (through a 1x1 conv if the width changes)."""
+    """norm, swish, conv, norm, swish, dropout, conv, plus the input (by a 1x1 conv if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
@@ -69,7 +78,9 @@ class ResBlock(nn.Module):
         self.norm2 = _norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C', h, w)."""
@@ -134,8 +145,10 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.blocks = nn.ModuleList(ResBlock(a, b, dropout) for a, b in zip(widths, widths[1:], strict=False))
-        self.attentions = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_blocks * has_attention))
+        self.blocks = nn.ModuleList(ResBlock(a, b, dropout) for a, b in pairwise(widths))
+        self.attentions = nn.ModuleList(
+            AttentionBlock(out_channels) for _ in range(num_blocks * has_attention)
+        )
         self.resample = resample or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +228,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight on which the adaptive weight of an adversarial loss is measured."""
         return self.conv_out.weight
 

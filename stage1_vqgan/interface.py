@@ -75,7 +75,9 @@ def check_codes(codes: Tensor, codebook_size: int, ndim: int) -> None:
         ValueError: says what was got and expected.
     """
     if codes.ndim != ndim or codes.is_floating_point():
-        raise ValueError(f"codes must be int64 with {ndim} dimensions, got {codes.dtype} {tuple(codes.shape)}")
+        raise ValueError(
+            f"codes must be int64 with {ndim} dimensions, got {codes.dtype} {tuple(codes.shape)}"
+        )
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(

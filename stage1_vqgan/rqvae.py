@@ -18,14 +18,21 @@ class RQVAEConfig:
     """The boxes of an RQ-VAE and how the latent grid maps to the code grid."""
 
     convnet: ConvNetConfig = field(default_factory=ConvNetConfig)  # encoder and decoder
-    quantizer: ResidualQuantizerConfig = field(default_factory=ResidualQuantizerConfig)  # width: latent_width x patch
+    # width: latent_width x patch
+    quantizer: ResidualQuantizerConfig = field(default_factory=ResidualQuantizerConfig)
     latent_width: int = 256  # channels of a latent between the convolutions and the quantizer, >= 1
     patch: tuple[int, int] = (1, 1)  # latents (rows, columns) that share one position of the code grid, >= 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", tuple(self.patch))
-        if len(self.patch) != 2 or min(self.patch) < 1 or any(self.convnet.latent_size % p for p in self.patch):
-            raise ValueError(f"patch must divide the latent grid of {self.convnet.latent_size}, got {self.patch}")
+        if (
+            len(self.patch) != 2
+            or min(self.patch) < 1
+            or any(self.convnet.latent_size % p for p in self.patch)
+        ):
+            raise ValueError(
+                f"patch must divide the latent grid of {self.convnet.latent_size}, got {self.patch}"
+            )
         expected = self.latent_width * self.patch[0] * self.patch[1]
         if self.quantizer.width != expected:
             raise ValueError(
@@ -39,7 +46,9 @@ class RQVAE(QuantizedAutoencoder):
     quantizer: ResidualQuantizer
 
     def __init__(self, config: RQVAEConfig) -> None:
-        super().__init__(config.convnet, ResidualQuantizer(config.quantizer), latent_width=config.latent_width)
+        super().__init__(
+            config.convnet, ResidualQuantizer(config.quantizer), latent_width=config.latent_width
+        )
         self.config = config
 
     @property
@@ -56,7 +65,7 @@ class RQVAE(QuantizedAutoencoder):
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents before quantisation, on the code grid (B, C, h, w)."""
         rows, columns = self.config.patch
-        # (B, C, h*rows, w*columns) -> (B, rows*columns*C, h, w): a patch's latents side by side, channels fastest
+        # (B, C, h*rows, w*columns) -> (B, rows*columns*C, h, w): the latents of a patch, channels fastest
         return rearrange(
             super().encode_latents(images),
             "b c (h rows) (w columns) -> b (rows columns c) h w",
@@ -69,7 +78,9 @@ class RQVAE(QuantizedAutoencoder):
         rows, columns = self.config.patch
         # (B, rows*columns*C, h, w) -> (B, C, h*rows, w*columns)
         return super().decode_latents(
-            rearrange(latents, "b (rows columns c) h w -> b c (h rows) (w columns)", rows=rows, columns=columns)
+            rearrange(
+                latents, "b (rows columns c) h w -> b c (h rows) (w columns)", rows=rows, columns=columns
+            )
         )
 
     def soft_codes(

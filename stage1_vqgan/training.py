@@ -25,8 +25,8 @@ class VQGANTraining(pl.LightningModule):
         config: of the model.
         learning_rate: of Adam at its peak, per step, > 0.
         warmup_steps: steps of linear warm-up before the cosine to zero.
-        restart_every: every so many steps, entries of the codebook that no latent chose since the last time move to
-            random latents of the batch (the first step gives all of them their start).
+        restart_every: every so many steps, entries of the codebook that no latent chose since the last time
+            move to random latents of the batch (the first step gives all of them their start).
         restart_until: share of the training after which no entry moves any more, in [0, 1].
     """
 
@@ -64,7 +64,9 @@ class VQGANTraining(pl.LightningModule):
         reconstructions, quantized = self.model(images)
         self._losses(images, reconstructions, quantized, "val")
 
-    def _losses(self, images: Tensor, reconstructions: Tensor, quantized: QuantizerOutput, stage: str) -> Tensor:
+    def _losses(
+        self, images: Tensor, reconstructions: Tensor, quantized: QuantizerOutput, stage: str
+    ) -> Tensor:
         l1 = F.l1_loss(reconstructions, images)
         loss: Tensor = l1 + quantized.loss
         error = F.mse_loss(reconstructions.clamp(-1, 1), images)
@@ -102,7 +104,9 @@ class VQGANTraining(pl.LightningModule):
         def factor(step: int) -> float:
             if step < self.warmup_steps:
                 return (step + 1) / self.warmup_steps
-            return 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, total - self.warmup_steps)))
+            return 0.5 * (
+                1 + math.cos(math.pi * (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+            )
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

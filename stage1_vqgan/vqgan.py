@@ -21,7 +21,9 @@ class VQGAN(QuantizedAutoencoder):
     """An `ImageTokenizer` with codes (B, h, w), as in taming-transformers and minDALL-E."""
 
     def __init__(self, config: VQGANConfig) -> None:
-        super().__init__(config.convnet, VectorQuantizer(config.quantizer), latent_width=config.quantizer.width)
+        super().__init__(
+            config.convnet, VectorQuantizer(config.quantizer), latent_width=config.quantizer.width
+        )
         self.config = config
 
     @property

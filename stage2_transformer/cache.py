@@ -11,7 +11,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values (L, B, nh, S, hd) of L layers for B rows with room for S entries.
 
-    Rows may be of different lengths. While all are equal, reads and writes are slices; otherwise they are gathered.
+    Rows may be of different lengths. While all are equal, reads and writes are slices; otherwise they are
+    gathered.
 
     Args:
         num_layers: L.
@@ -23,7 +24,14 @@ class KVCache:
     """
 
     def __init__(
-        self, *, num_layers: int, batch_size: int, num_heads: int, capacity: int, head_width: int, like: Tensor
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        capacity: int,
+        head_width: int,
+        like: Tensor,
     ) -> None:
         shape = (num_layers, batch_size, num_heads, capacity, head_width)
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -68,7 +76,10 @@ class KVCache:
         """
         rows = range(self.batch_size) if rows is None else rows
         if len(rows) % num_prompts:
-            raise ValueError(f"the number of conditions must divide the number of images, got {num_prompts} and {len(rows)}")
+            raise ValueError(
+                "the number of conditions must divide the number of images, "
+                f"got {num_prompts} and {len(rows)}"
+            )
         self.prompt_length = length
         for row in rows:
             self.lengths[row] = length
@@ -94,8 +105,8 @@ class KVCache:
         starts = [self.lengths[row] for row in rows]
         if max(starts) + num_new > self.capacity:
             raise ValueError(
-                f"the cache has room for {self.capacity} entries a row, got {max(starts)} and {num_new} more: "
-                "an image has no more codes than that"
+                f"the cache has room for {self.capacity} entries a row, got {max(starts)} and {num_new} "
+                "more: an image has no more codes than that"
             )
         for row in rows:
             self.lengths[row] += num_new
@@ -143,14 +154,15 @@ class DecodeStep:
             return  # the one new entry of each row sees the whole slice
         device = cache.keys.device
         self.rows = torch.tensor(rows, device=device)
-        self.positions = torch.tensor([[s + i for i in range(num_new)] for s in starts], device=device)  # (R, n)
+        # (R, n)
+        self.positions = torch.tensor([[s + i for i in range(num_new)] for s in starts], device=device)
         first = torch.tensor(first_visible, device=device)  # (R, n)
         seen = torch.arange(self.begin, self.end, device=device)
         visible = (seen >= first[..., None]) & (seen <= self.positions[..., None])  # (R, n, end - begin)
         self.mask = visible.unsqueeze(1)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (R, nh, n, hd) and return those to attend to (R, nh, S', hd)."""
+        """Store a layer's new keys and values (R, nh, n, hd); return those to attend to (R, nh, S', hd)."""
         all_keys, all_values = self.cache.keys[layer], self.cache.values[layer]  # (B, nh, S, hd)
         if self.is_uniform:
             all_keys[:, :, self.start : self.end] = keys

@@ -96,8 +96,8 @@ def model_from_part(
         The model, in evaluation mode, float32, on the CPU.
 
     Raises:
-        CheckpointError: if weights and config are at odds, the model does not fit the tokenizer, or the file is
-            damaged.
+        CheckpointError: if weights and config are at odds, the model does not fit the tokenizer, or the file
+            is damaged.
     """
     tensors: dict[str, Tensor]
     table: KeyTable | None = None
@@ -134,13 +134,13 @@ def check_fit(
     vocab = config.vocab_size if isinstance(config, GPTConfig) else max(config.codebook_sizes)
     if vocab != codebook.shape[1]:
         raise CheckpointError(
-            f"{source}: the sequence model has a vocabulary of {vocab} codes, its image tokenizer {codebook.shape[1]}: "
-            "both must come from one release"
+            f"{source}: the sequence model has a vocabulary of {vocab} codes, its image tokenizer "
+            f"{codebook.shape[1]}: both must come from one release"
         )
     if tuple(config.code_shape) != tuple(code_shape):
         raise CheckpointError(
-            f"{source}: the sequence model draws codes of shape {tuple(config.code_shape)}, its image tokenizer makes "
-            f"{tuple(code_shape)}: both must come from one release"
+            f"{source}: the sequence model draws codes of shape {tuple(config.code_shape)}, its image "
+            f"tokenizer makes {tuple(code_shape)}: both must come from one release"
         )
 
 
@@ -203,7 +203,8 @@ def mindalle_config(yaml: Mapping[str, Any], code_shape: tuple[int, ...]) -> GPT
         )
     if stage2.get("type", "transformer1d") == "transformer1d":
         length = hparams.get("ctx_len_txt", 64)
-        condition = ConditionConfig(kind="text", vocab_size=stage2.get("vocab_size_txt", 16384), length=length)
+        size = stage2.get("vocab_size_txt", 16384)
+        condition = ConditionConfig(kind="text", vocab_size=size, length=length)
     elif stage2.get("use_cls_cond"):
         condition = ConditionConfig(kind="class", vocab_size=hparams["n_classes"], length=1)
     else:
@@ -227,7 +228,7 @@ def mindalle_config(yaml: Mapping[str, Any], code_shape: tuple[int, ...]) -> GPT
 
 
 def rq_config(yaml: Mapping[str, Any]) -> RQTransformerConfig:
-    """The config of an RQ-Transformer from its release's config.yaml; missing fields have the original's defaults.
+    """The config of an RQ-Transformer from its release's config.yaml; missing fields as in the original.
 
     Args:
         yaml: the file.
@@ -241,11 +242,12 @@ def rq_config(yaml: Mapping[str, Any]) -> RQTransformerConfig:
     arch = yaml["arch"]
     sizes = arch.get("vocab_size", (yaml.get("dataset") or {}).get("vocab_size"))
     if sizes is None:
-        raise CheckpointError("the RQ-Transformer's config has no arch.vocab_size: take the config.yaml of the release")
+        raise CheckpointError(
+            "the RQ-Transformer's config has no arch.vocab_size: take the config.yaml of the release"
+        )
     depth = arch["block_size"][2]
     length, vocab_size = max(arch.get("block_size_cond", 0), 1), max(arch.get("vocab_size_cond", 0), 1)
     kind: Literal["text", "class", "none"] = "text" if length > 1 else "class" if vocab_size > 1 else "none"
-    has_codebook_body, has_codebook_head = arch.get("input_emb_vqvae", False), arch.get("head_emb_vqvae", False)
     return RQTransformerConfig(
         body=_rq_stack(arch, "body"),
         head=_rq_stack(arch, "head"),
@@ -253,8 +255,8 @@ def rq_config(yaml: Mapping[str, Any]) -> RQTransformerConfig:
         codebook_sizes=tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,) * depth,
         code_shape=tuple(arch["block_size"]),
         codebook_width=arch.get("input_embed_dim") or 1,
-        has_codebook_body=has_codebook_body,
-        has_codebook_head=has_codebook_head,
+        has_codebook_body=arch.get("input_emb_vqvae", False),
+        has_codebook_head=arch.get("head_emb_vqvae", False),
         has_cumulative_head=arch.get("cumsum_depth_ctx", False),
         has_shared_embedding=arch.get("shared_tok_emb", False),
         has_shared_classifier=arch.get("shared_cls_emb", False),

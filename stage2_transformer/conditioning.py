@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 PAD_ID = 0
-"""Text is padded with this id on the right; padding is attended to, as in the originals. A text of padding alone is the
-null condition of guidance, and what an empty caption is encoded as."""
+"""Text is padded with this id on the right; padding is attended to, as in the originals. A text of padding
+alone is the null condition of guidance, and what an empty caption is encoded as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,9 @@ class ConditionConfig:
         if self.kind not in ("text", "class", "none"):
             raise ValueError(f"condition kind must be text, class or none, got {self.kind!r}")
         if self.vocab_size < 1 or self.length < 1:
-            raise ValueError(f"vocab_size and length must be at least 1, got {self.vocab_size} and {self.length}")
+            raise ValueError(
+                f"vocab_size and length must be at least 1, got {self.vocab_size} and {self.length}"
+            )
         if self.kind != "text" and self.length != 1:
             raise ValueError(f"a {self.kind} condition has length 1, got {self.length}")
         if self.kind != "class" and self.has_null_class:
@@ -69,7 +71,8 @@ class Condition(nn.Module):
             return self.embedding(ids)  # type: ignore[no-any-return]
         # no null class was trained: the mean of all classes stands for it
         table = torch.cat([self.embedding.weight, self.embedding.weight.mean(dim=0, keepdim=True)])
-        return nn.functional.embedding(ids, table) if bool((ids == self.config.vocab_size).any()) else self.embedding(ids)
+        has_null = bool((ids == self.config.vocab_size).any())
+        return nn.functional.embedding(ids, table) if has_null else self.embedding(ids)
 
     def _check(self, cond: Tensor | None, batch_size: int) -> Tensor:
         """Ids (B, N) that are within the embedding."""
@@ -83,13 +86,13 @@ class Condition(nn.Module):
         ids = cond[:, None] if kind == "class" and cond.ndim == 1 else cond  # (B,) -> (B, 1)
         if ids.ndim != 2 or ids.shape[1] != self.config.length or ids.is_floating_point():
             shape = "(B,)" if kind == "class" else f"(B, {self.config.length})"
-            raise ValueError(f"a {kind} condition must be int64 {shape}, got {cond.dtype} {tuple(cond.shape)}")
+            raise ValueError(
+                f"a {kind} condition must be int64 {shape}, got {cond.dtype} {tuple(cond.shape)}"
+            )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high > size or (high == size and kind == "text"):
-            raise ValueError(
-                f"{kind} ids must be in [0, {size}), got {low if low < 0 else high}: "
-                f"{'is this the tokenizer the model was trained with?' if kind == 'text' else 'no such class'}"
-            )
+            hint = "is this the tokenizer the model was trained with?" if kind == "text" else "no such class"
+            raise ValueError(f"{kind} ids must be in [0, {size}), got {low if low < 0 else high}: {hint}")
         return ids
 
     def null(self, cond: Tensor | None) -> Tensor:

@@ -25,12 +25,14 @@ def generate(
 
     Args:
         model: a GPT or an RQTransformer, in evaluation mode.
-        cond: (P, N) text ids, (P,) labels, or None. P divides B: row p serves images p * B / P to (p + 1) * B / P - 1
-            and is read once.
+        cond: (P, N) text ids, (P,) labels, or None. P divides B: row p serves images p * B / P to
+            (p + 1) * B / P - 1 and is read once.
         params: temperature, top-k, top-p and guidance.
         seeds: one per image; image i depends on the model, its condition, `params` and seed i alone.
-        known: (B or 1, n) codes in raster order, depth fastest, that every image begins with (image completion).
-        on_step: called after each code with the number of codes done and all codes (B, T), zeros where not yet done.
+        known: (B or 1, n) codes in raster order, depth fastest, that every image begins with (image
+            completion).
+        on_step: called before the first drawn code and after each, with the number of codes done and all
+            codes (B, T), zeros where not yet done.
 
     Returns:
         int64 (B, *code_shape) on the model's device.
@@ -58,8 +60,8 @@ def iterate_codes(
     """The decoding loop as an iterator; arguments and errors are those of `generate`.
 
     Yields:
-        The number of codes done and the codes (B, T), zeros where not yet done; the same tensor each time. First
-        comes the state with the known codes alone.
+        The number of codes done and the codes (B, T), zeros where not yet done; the same tensor each time.
+        First comes the state with the known codes alone.
     """
     shape = tuple(model.code_shape)
     total, num_depths, batch_size = math.prod(shape), shape[2] if len(shape) == 3 else 1, len(seeds)

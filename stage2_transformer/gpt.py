@@ -44,7 +44,7 @@ class GPTConfig:
 class GPT(nn.Module):
     """A `SequenceModel`: one causal transformer over condition and codes, untied heads.
 
-    The sequence is [condition (N) | codes (T)]; the output at the last entry of the condition predicts code 0.
+    The sequence is [condition (N) | codes (T)]; the output at the condition's last entry predicts code 0.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -90,7 +90,8 @@ class GPT(nn.Module):
         x = torch.cat([prompt, self.code_embedding(codes[:, :-1]) + self.code_positions[:-1]], dim=1)
         x = self.norm(self.transformer(self.dropout(x)))  # (B, N + T - 1, C)
         length = prompt.shape[1]
-        logits = self.head(x[:, length - 1 :]).unflatten(1, self.code_shape)  # (B, T, V) -> (B, *code_shape, V)
+        # (B, T, V) -> (B, *code_shape, V)
+        logits = self.head(x[:, length - 1 :]).unflatten(1, self.code_shape)
         text_logits = self.text_head(x[:, : length - 1]) if self.text_head is not None else None
         return SequenceOutput(logits, text_logits)
 
@@ -100,7 +101,8 @@ class GPT(nn.Module):
 
     def make_cache(self, batch_size: int) -> KVCache:
         """An empty cache with room for the condition and all codes but the last, which nothing follows."""
-        return self.transformer.make_cache(batch_size, self.config.condition.length + self.config.num_codes - 1)
+        capacity = self.config.condition.length + self.config.num_codes - 1
+        return self.transformer.make_cache(batch_size, capacity)
 
     def prefill(self, cond: Tensor | None, cache: KVCache, rows: Sequence[int] | None = None) -> Tensor:
         """Read the condition, see `SequenceModel.prefill`.
@@ -151,5 +153,6 @@ def check_codes(codes: Tensor, code_shape: tuple[int, ...]) -> Tensor:
         ValueError: if the shape or dtype is another.
     """
     if tuple(codes.shape[1:]) != tuple(code_shape) or codes.is_floating_point():
-        raise ValueError(f"codes must be int64 (B, {', '.join(map(str, code_shape))}), got {codes.dtype} {tuple(codes.shape)}")
+        expected = ", ".join(map(str, code_shape))
+        raise ValueError(f"codes must be int64 (B, {expected}), got {codes.dtype} {tuple(codes.shape)}")
     return codes.flatten(1)

@@ -54,7 +54,7 @@ class SequenceModel(Protocol):
         ...
 
     def null_condition(self, cond: Tensor | None) -> Tensor:
-        """The condition that says nothing, for classifier-free guidance; same shape as `cond`, which stays as it is."""
+        """The condition that says nothing, for classifier-free guidance; same shape as `cond`."""
         ...
 
     def make_cache(self, batch_size: int) -> Any:

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.width, config.width, bias=config.has_attention_bias)
 
     def forward(self, x: Tensor, layer: int, step: PromptStep | DecodeStep | None) -> Tensor:
-        """(B, n, C) -> (B, n, C); with a step, past keys and values are read from its cache and new ones stored."""
+        """(B, n, C) -> (B, n, C); with a step, past keys and values come from its cache and new ones join."""
         query, keys, values = rearrange(
             self.qkv(x), "b n (three nh hd) -> three b nh n hd", three=3, nh=self.num_heads
         ).unbind()
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
             num_heads=self.config.num_heads,
             capacity=capacity,
             head_width=self.config.head_width,
-            like=self.blocks[0].norm1.weight,
+            like=next(self.parameters()),
         )
 
     def forward(self, x: Tensor, step: PromptStep | DecodeStep | None = None) -> Tensor:

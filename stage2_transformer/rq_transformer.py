@@ -1,4 +1,4 @@
-"""RQ-Transformer (Lee et al. 2022): a body over positions of the code grid, a head over the depth of each position."""
+"""RQ-Transformer (Lee et al. 2022): a body over positions of the code grid, a head over each one's depth."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class RQTransformerConfig:
     """Shape of an RQ-Transformer; the defaults are the released ImageNet 1.4B."""
 
     body: TransformerConfig = field(default_factory=TransformerConfig)  # over positions
-    head: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_layers=6))  # over depth; same width
+    head: TransformerConfig = field(default_factory=lambda: TransformerConfig(num_layers=6))  # over depth
     condition: ConditionConfig = field(
         default_factory=lambda: ConditionConfig(kind="class", vocab_size=1000, length=1)
     )
     codebook_sizes: tuple[int, ...] = (16384, 16384, 16384, 16384)  # V of each depth, >= 1; the length is D
     code_shape: tuple[int, ...] = (8, 8, 4)  # (h, w, D)
     codebook_width: int = 256  # C of the image tokenizer's codebook, used where codes enter as its vectors
-    has_codebook_body: bool = True  # the body reads codes as codebook vectors through a linear layer, not a table
+    has_codebook_body: bool = True  # the body reads codes as codebook vectors and a linear layer, not a table
     has_codebook_head: bool = True  # so does the head
-    has_cumulative_head: bool = True  # the head reads the sum of a position's vectors so far, not the last one's
+    has_cumulative_head: bool = True  # the head reads the sum of a position's vectors so far, not the last
     has_shared_embedding: bool = True  # one table for all depths, where a table is used
     has_shared_classifier: bool = True  # one output layer for all depths
     embedding_dropout: float = 0.0  # of embeddings while training, in [0, 1)
@@ -39,7 +39,8 @@ class RQTransformerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
         object.__setattr__(self, "code_shape", tuple(self.code_shape))
-        if len(self.code_shape) != 3 or min(self.code_shape) < 1 or len(self.codebook_sizes) != self.code_shape[2]:
+        is_shape = len(self.code_shape) == 3 and min(self.code_shape) >= 1
+        if not is_shape or len(self.codebook_sizes) != self.code_shape[2]:
             raise ValueError(
                 f"code_shape must be (h, w, D) with one codebook size per depth, got {self.code_shape} "
                 f"and {len(self.codebook_sizes)} sizes"
@@ -47,7 +48,9 @@ class RQTransformerConfig:
         if min(self.codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes must be at least 1, got {self.codebook_sizes}")
         if self.body.width != self.head.width:
-            raise ValueError(f"body and head must have one width, got {self.body.width} and {self.head.width}")
+            raise ValueError(
+                f"body and head must have one width, got {self.body.width} and {self.head.width}"
+            )
         if len(set(self.codebook_sizes)) > 1 and self.has_shared_classifier:
             raise ValueError(f"a shared classifier needs codebooks of one size, got {self.codebook_sizes}")
         if len(set(self.codebook_sizes)) > 1 and self.has_shared_embedding and self.has_table:
@@ -62,7 +65,7 @@ class RQTransformerConfig:
 
     @property
     def num_positions(self) -> int:
-        """h * w."""
+        """Places of the code grid, h * w."""
         return self.code_shape[0] * self.code_shape[1]
 
     @property
@@ -72,10 +75,10 @@ class RQTransformerConfig:
 
 
 class RQCache:
-    """The state of decoding: the body's cache over positions, the head's over codes, and the codes themselves.
+    """The state of decoding: the body's cache over positions, the head's over codes, and the codes.
 
-    The head keeps an entry per code, each seeing those of its own position only, so that a row rewinds by its lengths
-    alone.
+    The head keeps an entry per code, each seeing those of its own position only, so that a row rewinds by its
+    lengths alone.
 
     Args:
         body: entries [condition | positions that are complete].
@@ -115,7 +118,7 @@ class CodeInput(nn.Module):
         self.linear = nn.Linear(codebook_width, width) if codebook_width is not None else None
 
     def forward(self, vectors: Tensor, num_summed: int = 1) -> Tensor:
-        """Vectors (..., C') -> (..., C); `num_summed` > 1: vectors are sums of as many that each get the bias."""
+        """(..., C') -> (..., C); `num_summed` > 1: the vectors are sums of as many that each get the bias."""
         if self.linear is None:
             return vectors
         return F.linear(vectors, self.linear.weight, self.linear.bias * num_summed)
@@ -144,8 +147,8 @@ class DepthClassifier(nn.Module):
 class RQTransformer(nn.Module):
     """A `SequenceModel` for residual codes (B, h, w, D).
 
-    The body reads [condition | positions] and gives a context for each position; the head reads [context | codes of
-    the position so far] and predicts the position's codes one depth after the other.
+    The body reads [condition | positions] and gives a context for each position; the head reads [context |
+    codes of the position so far] and predicts the position's codes one depth after the other.
 
     Args:
         config: shape of the model.
@@ -206,20 +209,21 @@ class RQTransformer(nn.Module):
             cond: text ids (B, N), labels (B,), or None.
 
         Returns:
-            SequenceOutput with logits (B, h, w, D, V), -inf beyond a depth's own codebook, and for text text_logits
-            (B, N - 1, V_text).
+            SequenceOutput with logits (B, h, w, D, V), -inf beyond a depth's own codebook, and for text
+            text_logits (B, N - 1, V_text).
 
         Raises:
             ValueError: if shapes or ranges do not fit the model.
         """
         depth = self.config.depth
-        by_position = check_codes(codes, self.code_shape).unflatten(1, (-1, depth))  # (B, T) -> (B, P, D)
+        by_position = check_codes(codes, self.code_shape).view(len(codes), -1, depth)  # (B, T) -> (B, P, D)
         prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
         positions = self._read_positions(by_position[:, :-1]) + self.position_embedding[:-1]
         x = self.body(self.dropout(torch.cat([prompt, positions], dim=1)))  # (B, N + P - 1, C)
         length = prompt.shape[1]
         contexts = x[:, length - 1 :].unsqueeze(2)  # (B, P, 1, C)
-        inputs = torch.cat([contexts, self._read_depths(by_position)[:, :, :-1]], dim=2) + self.depth_embedding
+        earlier = self._read_depths(by_position)[:, :, :-1]  # (B, P, D - 1, C)
+        inputs = torch.cat([contexts, earlier], dim=2) + self.depth_embedding  # (B, P, D, C)
         hidden = self.head(self.dropout(inputs).flatten(0, 1))  # (B, P, D, C) -> (B P, D, C)
         logits = self._classify(hidden, range(depth))  # (B P, D, V)
         text_logits = None
@@ -297,7 +301,7 @@ class RQTransformer(nn.Module):
         row_index = torch.tensor(rows, device=device)[:, None]  # (R, 1)
         cache.codes[row_index, starts + torch.arange(num_new, device=device)] = codes
         block = starts - phase + torch.arange(num_touched * depth, device=device)  # (R, touched * D)
-        touched = cache.codes[row_index, block].unflatten(1, (-1, depth))  # (R, touched, D)
+        touched = cache.codes[row_index, block].view(len(rows), -1, depth)  # (R, touched, D)
         inputs = self._read_depths(touched).flatten(1, 2)[:, phase : phase + num_new]  # (R, n, C)
         next_depths = [(phase + i + 1) % depth for i in range(num_new)]
         if num_complete:
@@ -313,7 +317,9 @@ class RQTransformer(nn.Module):
         """Codes (..., D) -> what stands for each of them (..., D, C' or C)."""
         if from_codebook:
             assert self.codebook is not None
-            return torch.stack([F.embedding(codes[..., d], self.codebook[d]) for d in range(self.config.depth)], dim=-2)
+            return torch.stack(
+                [F.embedding(c, e) for c, e in zip(codes.unbind(-1), self.codebook, strict=True)], dim=-2
+            )
         assert self.table is not None
         if self.config.has_shared_embedding:
             return self.table(codes)  # type: ignore[no-any-return]
@@ -334,7 +340,7 @@ class RQTransformer(nn.Module):
         return self.head_input(vectors)  # type: ignore[no-any-return]
 
     def _classify(self, hidden: Tensor, depths: Sequence[int]) -> Tensor:
-        """Head outputs (B, n, C) of the given depths -> logits (B, n, V), -inf beyond a depth's own codebook."""
+        """(B, n, C), head outputs of the given depths -> (B, n, V), -inf beyond a depth's own codebook."""
         normed = self.classifier_norm(hidden)
         if isinstance(self.classifier, nn.Linear):
             return self.classifier(normed)  # type: ignore[no-any-return]

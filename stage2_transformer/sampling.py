@@ -19,22 +19,22 @@ class SamplingParams:
     """
 
     temperature: float = 1.0  # logits are divided by it; 0 = greedy: always the most likely code
-    top_k: int | tuple[int, ...] | None = None  # keep the k most likely codes; a tuple has one k per depth; None = all
+    top_k: int | tuple[int, ...] | None = None  # keep the k most likely codes; a tuple: one k per depth
     top_p: float | None = None  # keep the smallest set with this much probability, in (0, 1]; None or 1 = all
     cfg_scale: float = 1.0  # classifier-free guidance, >= 0; 1 = off, and then half the work
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be finite and at least 0 (0 = greedy), got {self.temperature}")
+            raise ValueError(f"temperature must be finite and >= 0 (0 = greedy), got {self.temperature}")
         if isinstance(self.top_k, list):
             object.__setattr__(self, "top_k", tuple(self.top_k))
         for k in self.top_k if isinstance(self.top_k, tuple) else (self.top_k,):
             if k is not None and k < 1:
-                raise ValueError(f"top_k must be at least 1, got {self.top_k}; leave it out to keep all codes")
+                raise ValueError(f"top_k must be at least 1, got {self.top_k}; None keeps all codes")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; leave it out to keep all codes")
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all codes")
         if not math.isfinite(self.cfg_scale) or self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must be finite and at least 0 (1 = no guidance), got {self.cfg_scale}")
+            raise ValueError(f"cfg_scale must be finite and >= 0 (1 = no guidance), got {self.cfg_scale}")
 
     def top_k_at(self, depth: int) -> int | None:
         """The k of a depth."""
@@ -43,7 +43,7 @@ class SamplingParams:
     def check_depths(self, num_depths: int) -> None:
         """Raise ValueError if there is one top_k per depth, but for another number of depths."""
         if isinstance(self.top_k, tuple) and len(self.top_k) != num_depths:
-            raise ValueError(f"top_k needs one value or {num_depths}, one per depth of the codes, got {self.top_k}")
+            raise ValueError(f"top_k needs one value or one per depth ({num_depths}), got {self.top_k}")
 
 
 def image_seeds(seed: int, num_images: int, first: int = 0) -> list[int]:
@@ -72,7 +72,8 @@ def uniforms(seeds: Sequence[int], num_codes: int) -> Tensor:
         (B, T) float64 in [0, 1), on the CPU; row i depends on seed i alone.
     """
     rows = [
-        torch.rand(num_codes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
+        torch.rand(num_codes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
     ]
     return torch.stack(rows)
 
@@ -103,21 +104,21 @@ def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -
         depth: of the code, for a top_k per depth.
 
     Returns:
-        (B, V) float32, rows sum to 1. Exactly min(k, V) codes survive top-k, ties broken by whichever comes first in
-        the sort. Of top-p the code that crosses p is kept, so at least one survives.
+        (B, V) float32, rows sum to 1. Exactly min(k, V) codes survive top-k, ties broken by whichever comes
+        first in the sort. Of top-p the code that crosses p is kept, so at least one survives.
     """
     logits = logits.float()
     if params.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     logits = logits / params.temperature
-    top_k, top_p = params.top_k_at(depth), params.top_p
-    is_top_p = top_p is not None and top_p < 1
-    if not is_top_p and (top_k is None or top_k >= logits.shape[-1]):
+    top_k = params.top_k_at(depth)
+    top_p = params.top_p if params.top_p != 1 else None
+    if top_p is None and (top_k is None or top_k >= logits.shape[-1]):
         return torch.softmax(logits, dim=-1)
     size = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     kept, indices = logits.topk(size, dim=-1)  # sorted, most likely first
     probabilities = torch.softmax(kept, dim=-1)
-    if is_top_p:
+    if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
@@ -141,7 +142,8 @@ def sample_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 
     """
     if not bool(torch.isfinite(logits.max(dim=-1).values).all()):
         raise FloatingPointError(
-            "the model's logits are not finite: with --precision fp16 or bf16 try fp32, otherwise check the checkpoint"
+            "the model's logits are not finite: with --precision fp16 or bf16 try fp32, "
+            "otherwise check the checkpoint"
         )
     if params.temperature == 0:
         return logits.argmax(dim=-1)

@@ -16,7 +16,7 @@ from stage2_transformer.gpt import GPT, GPTConfig
 class GPTTraining(pl.LightningModule):
     """Fits a GPT to cached codes.
 
-    Batches are mappings with `codes` int64 (B, *code_shape) and `cond`, text ids (B, N) or labels (B,) or absent.
+    Batches have `codes` int64 (B, *code_shape) and `cond`: text ids (B, N), labels (B,), or absent.
 
     Args:
         config: of the model.
@@ -24,7 +24,8 @@ class GPTTraining(pl.LightningModule):
         weight_decay: decoupled, on matrices only, >= 0.
         warmup_share: share of the training for linear warm-up before the cosine to zero, in (0, 1).
         text_weight: of the text's cross-entropy against the codes', >= 0.
-        null_probability: chance that a sample's condition is replaced by the null condition, for guidance, in [0, 1].
+        null_probability: chance that a sample's condition is replaced by the null condition, for guidance, in
+            [0, 1].
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class GPTTraining(pl.LightningModule):
             text_loss = F.cross_entropy(output.text_logits.flatten(0, 1), cond[:, 1:].flatten())
             loss = loss + self.text_weight * text_loss
             self.log(f"{stage}/text_loss", text_loss, batch_size=len(codes))
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/code_loss": code_loss}, batch_size=len(codes), prog_bar=True)
+        losses = {f"{stage}/loss": loss, f"{stage}/code_loss": code_loss}
+        self.log_dict(losses, batch_size=len(codes), prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -1,16 +1,21 @@
-"""What every command shares: one-line errors, exit codes, logging."""
+"""What every command shares: one-line errors, exit codes, messages around a progress bar, common checks."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import logging
+import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(ValueError):
@@ -18,13 +23,19 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with one-line errors and `--debug`."""
+    """An argument parser with one-line errors and `--debug`.
+
+    Args:
+        prog: name of the command, for messages.
+        description: what it does, in one sentence.
+        examples: a command line each, "{prog}" standing for the name.
+    """
 
     def __init__(self, *, prog: str, description: str, examples: str) -> None:
         super().__init__(
             prog=prog,
             description=description,
-            epilog=f"examples:\n{examples}",
+            epilog=f"examples:\n{examples.replace('{prog}', prog)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -44,16 +55,25 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
         argv: arguments; None = the program's own.
 
     Returns:
-        0 for success, 1 for failures, 2 for bad usage, 130 when interrupted.
+        0 for success; 2 for bad usage: options that are wrong, contradict each other, or that the model
+        cannot take; 1 for failures: files, network, memory; 130 when interrupted.
     """
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format=f"{parser.prog}: %(levelname)s: %(message)s", force=True)
-    logging.getLogger("mindalle").setLevel(logging.INFO)
+    _log_to_stderr(parser.prog)
     try:
-        body(args)
+        with warnings.catch_warnings():
+            if not args.debug:
+                warnings.simplefilter("ignore")  # of libraries, about their own future
+            body(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else the interpreter's last flush complains
+        return FAILURE
     except Exception as error:
         if args.debug:
             traceback.print_exc()
@@ -71,22 +91,100 @@ def describe(error: Exception) -> str:
     Returns:
         The message of an error meant for users; the type and a hint at --debug for any other.
     """
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk of {error.filename or 'the output'}: free some or choose another --out"
     message = " ".join(str(error).split())
+    place = getattr(error, "filename", None)
+    system = re.search(r"(?:os error|code:) (\d+)", message)  # safetensors puts what the system says in words
+    number = error.errno if isinstance(error, OSError) else int(system[1]) if system else None
+    if number in DISK_FULL:
+        return (
+            f"no space left on the disk{f' of {place}' if place else ''}: free some, or write to another disk"
+        )
     if isinstance(error, OSError) and error.errno is not None:
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}"
-    if isinstance(error, (ValueError, FileNotFoundError, OSError, ImportError, FloatingPointError)):
+        return f"{error.strerror}{f': {place}' if place else ''}"
+    if "can't allocate memory" in message or "out of memory" in message or isinstance(error, MemoryError):
+        return "out of memory: try a smaller --batch-size, or --precision bf16"
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return message
-    if isinstance(error, MemoryError) or "can't allocate memory" in message or "out of memory" in message:
-        return "out of memory: try a smaller --batch-size or --precision bf16"
     return f"{type(error).__name__}: {message} (this is unexpected: --debug shows where)"
+
+
+def say(line: object, *, is_note: bool = False) -> None:
+    """Print a line, above the progress bar if there is one: results to stdout, notes to stderr."""
+    from tqdm import tqdm  # lazy: --help is quick
+
+    file = sys.stderr if is_note else sys.stdout
+    tqdm.write(str(line), file=file)
+    file.flush()
+
+
+class _Handler(logging.Handler):
+    """Logs above the progress bar, and each message once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if line not in self.said:
+            self.said.add(line)
+            say(line, is_note=True)
+
+
+def _log_to_stderr(prog: str) -> None:
+    handler = _Handler()
+    logging.basicConfig(level=logging.WARNING, format=f"{prog}: %(message)s", handlers=[handler], force=True)
+    logging.getLogger("mindalle").setLevel(logging.INFO)
 
 
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return value
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there, before anything is loaded.
+
+    Args:
+        device: of --device.
+
+    Raises:
+        UsageError: if the name is none of a device that the toolkit runs on.
+        ValueError: if this machine has no such device.
+    """
+    import torch
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise ValueError(
+            f"--device {device}: this machine has {count or 'no'} CUDA devices; use --device cpu"
+        )
+
+
+def check_writable(directory: Path, option: str) -> None:
+    """Refuse a directory that cannot be written to, before hours of work.
+
+    Args:
+        directory: need not exist yet.
+        option: that names it, for messages.
+
+    Raises:
+        OSError: if it, or what it is to be made in, is a file or not writable.
+    """
+    existing = next(place for place in (directory, *directory.absolute().parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{option} must be a directory, but {existing} is a file: choose another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {directory}: {existing} is not writable: choose another")

@@ -23,9 +23,13 @@ def build_parser() -> Parser:
     )
     parser.add_argument("source", metavar="SRC", help="checkpoint path, release or hub id")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default: as loaded, fp32")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default: as loaded, fp32"
+    )
     parser.add_argument("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights of an rq-vae checkpoint")
+    parser.add_argument(
+        "--ema", action="store_true", help="take the averaged weights of an rq-vae checkpoint"
+    )
     return parser
 
 
@@ -42,7 +46,9 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
 
     if args.destination.exists():
         raise FileExistsError(f"{args.destination} exists: choose another DST")
-    checkpoint = load_checkpoint(resolve_model(args.source), text_tokenizer=args.text_tokenizer, use_ema=args.ema)
+    checkpoint = load_checkpoint(
+        resolve_model(args.source), text_tokenizer=args.text_tokenizer, use_ema=args.ema
+    )
     save_checkpoint(
         args.destination,
         image_tokenizer=checkpoint.image_tokenizer,

@@ -11,7 +11,8 @@ from mindalle.cli.command import Parser, positive_int, run
 
 EXAMPLES = """\
   export.py --image-tokenizer runs/vqgan/last.ckpt runs/tokenizer
-  export.py --image-tokenizer runs/tokenizer --model runs/gpt/last.ckpt --text-tokenizer runs/text_tokenizer.json \\
+  export.py --image-tokenizer runs/tokenizer --model runs/gpt/last.ckpt --text-tokenizer
+  runs/text_tokenizer.json \\
       --top-k 256 --dtype fp16 my-model"""
 
 
@@ -23,7 +24,9 @@ def build_parser() -> Parser:
         examples=EXAMPLES,
     )
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
-    parser.add_argument("--image-tokenizer", type=Path, required=True, metavar="PATH", help="run's .ckpt, or native")
+    parser.add_argument(
+        "--image-tokenizer", type=Path, required=True, metavar="PATH", help="run's .ckpt, or native"
+    )
     parser.add_argument("--model", type=Path, metavar="PATH", help="run's .ckpt of the sequence model")
     parser.add_argument("--text-tokenizer", type=Path, metavar="FILE", help="text_tokenizer.json of the run")
     parser.add_argument("--temperature", type=float, default=1.0, help="default to store (1)")

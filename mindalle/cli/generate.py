@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import secrets
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from mindalle.cli.command import Parser, UsageError, positive_int, run
+from mindalle.cli.command import Parser, UsageError, check_device, check_writable, positive_int, run, say
 
 if TYPE_CHECKING:
-    from mindalle.pipeline import Generation, Pipeline, Preview
+    from torch import Tensor
+
+    from mindalle.cli.progress import Progress
+    from mindalle.pipeline import Generation, Pipeline
     from stage2_transformer import SamplingParams
 
 EXAMPLES = """\
-  generate.py --prompt "a red apple"
-  generate.py --prompt "a red apple" --prompt "a blue cat" --num-images 4 --num-candidates 32 --seed 0
-  generate.py --model minDALL-E/1.3B --clip ViT-B/32 --prompt "a painting of a fox" --top-k 256 --precision bf16
-  generate.py --model path/to/rq-vae/imagenet_1.4B --class-label 207 --num-images 8
-  generate.py --prompt "a cat" --complete half.png --keep-rows 4"""
+  {prog} --prompt "a red apple"
+  {prog} --prompt "a red apple" --prompt "a blue cat" --num-images 4 --num-candidates 32 --seed 0
+  {prog} --model minDALL-E/1.3B --clip ViT-B/32 --prompt "a painting of a fox" --top-k 256 --precision bf16
+  {prog} --model path/to/rq-vae/imagenet_1.4B --class-label 207 --num-images 8
+  {prog} --prompt "a cat" --complete half.png --keep-rows 4"""
+SAMPLING = ("temperature", "top_k", "top_p", "cfg_scale")
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str) -> Parser:
     """The command's options."""
-    parser = Parser(prog="generate.py", description="Draw pictures from a prompt or a class.", examples=EXAMPLES)
+    parser = Parser(prog=prog, description="Draw pictures from a prompt, a class, or nothing.", examples=EXAMPLES)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; repeatable")
     what.add_argument("--prompts-file", type=Path, metavar="FILE", help="a prompt per line; empty lines are skipped")
-    what.add_argument("--class-label", type=int, action="append", default=[], metavar="N", help="repeatable")
+    what.add_argument(
+        "--class-label", type=int, action="append", default=[], metavar="N", help="class to draw; repeatable"
+    )
     what.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="to keep per prompt (1)")
     what.add_argument("--num-candidates", type=positive_int, metavar="N", help="to draw and choose from by CLIP")
     what.add_argument("--complete", type=Path, metavar="IMAGE", help="keep the top of this picture, draw the rest")
@@ -44,122 +49,149 @@ def build_parser() -> Parser:
     model.add_argument("--clip", metavar="NAME", help="rerank with ViT-B/32, a .pt file or a native directory")
     model.add_argument("--no-rerank", action="store_true", help="keep the first pictures drawn")
     model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
-    model.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer (fp32)")
+    model.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer (fp32)"
+    )
     how = parser.add_argument_group("how to sample (defaults come from the checkpoint)")
     how.add_argument("--temperature", type=float, metavar="T", help="0 = greedy")
     how.add_argument("--top-k", type=int, nargs="+", metavar="K", help="keep the K likeliest codes; RQ: one per depth")
     how.add_argument("--top-p", type=float, metavar="P", help="keep codes with this much probability, in (0, 1]")
-    how.add_argument("--cfg-scale", type=float, metavar="S", help="guidance; 1 = off")
+    how.add_argument("--cfg-scale", type=float, metavar="S", help="guidance towards the prompt; 1 = off")
     how.add_argument("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
-    how.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="candidates at once (16)")
+    how.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
     out = parser.add_argument_group("where to")
     out.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="nothing is overwritten (outputs)")
     out.add_argument("--preview", action="store_true", help="write the growing pictures to NAME-preview.png")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "generate.py") -> int:
     """Run the command; returns its exit code."""
-    return run(build_parser(), generate_pictures, argv)
+    return run(build_parser(prog), generate_pictures, argv)
 
 
 def generate_pictures(args: argparse.Namespace) -> None:
     """Load the model, draw for every prompt, write the results."""
     prompts = _prompts(args)
-    _check(args)
-    overrides = _sampling_overrides(args)  # a wrong option shows before the model loads
-    args.out.mkdir(parents=True, exist_ok=True)
-    seed = args.seed if args.seed is not None else secrets.randbelow(1 << 32)
+    _check_options(args)
+    check_writable(args.out, "--out")  # whatever is wrong shows before the model loads
     pipe = _load(args)
-    try:
-        params = replace(pipe.sampling.params, **overrides)
-        params.check_depths(_num_depths(pipe))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    _check_conditions(pipe, prompts)
+    params = _sampling_params(args, pipe)
     known = _known(pipe, args)
-    print(f"seed {seed}", file=sys.stderr)
-    for prompt in prompts or [None]:
-        _generate_one(pipe, args, prompt, seed=seed, params=params, known=known)
+    _say_what_is_unused(pipe, args)
+    seed = args.seed if args.seed is not None else secrets.randbelow(1 << 32)
+    say(f"seed {seed}", is_note=True)
+    from mindalle.cli.progress import Progress
+
+    num_pictures = sum(pipe.count_candidates(prompt, args.num_images, args.num_candidates) for prompt in prompts)
+    num_codes = math.prod(pipe.image_tokenizer.code_shape) - (known.shape[1] if known is not None else 0)
+    with Progress(num_pictures * num_codes) as progress:
+        painter = _Painter(args=args, pipe=pipe, params=params, seed=seed, known=known, progress=progress)
+        for number, prompt in enumerate(prompts, start=1):
+            painter.draw(prompt, f"{number}/{len(prompts)} " if len(prompts) > 1 else "")
 
 
-def _prompts(args: argparse.Namespace) -> list[str | int]:
-    prompts: list[str | int] = [*args.prompt, *args.class_label]
+def _prompts(args: argparse.Namespace) -> list[str | int | None]:
+    """What to draw; one None if the user does not say."""
+    prompts: list[str | int | None] = [*args.prompt, *args.class_label]
     if args.prompts_file is not None:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompts_file} is not UTF-8 text: {error}") from error
-        lines = [line.strip() for line in lines if line.strip()]
-        if not lines:
-            raise ValueError(f"{args.prompts_file} holds no prompts: write one per line")
-        prompts += lines
-    if any(isinstance(prompt, str) and not prompt.strip() for prompt in prompts):
-        raise UsageError("--prompt is empty: say what to draw")
-    return prompts
+        prompts += _read_prompts(args.prompts_file)
+    for prompt in prompts:
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UsageError("--prompt is empty: say what to draw")
+        if isinstance(prompt, str) and not prompt.isascii() and prompt != prompt.encode("utf-8", "ignore").decode():
+            raise UsageError("--prompt is not UTF-8 text: is this terminal's encoding another one?")
+    return prompts or [None]
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Options that only make sense together."""
+def _read_prompts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts file at {path}: expected a text file with a prompt per line")
+    content = path.read_bytes()
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not UTF-8 text: line {line} has the byte 0x{content[error.start]:02x}; save it as UTF-8"
+        ) from error
+    if not any(lines):
+        raise ValueError(f"{path} holds no prompts: write one per line")
+    return [line for line in lines if line]
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Options that only make sense together, or not together."""
     if (args.complete is None) != (args.keep_rows is None):
         raise UsageError("--complete IMAGE and --keep-rows N go together")
+    if args.no_rerank and args.clip is not None:
+        raise UsageError("--clip and --no-rerank contradict each other: leave one out")
     if args.num_candidates is not None and args.num_candidates < args.num_images:
         raise UsageError(
             f"--num-candidates must be at least --num-images = {args.num_images}, got {args.num_candidates}"
         )
+    _sampling_params(args)
     if args.complete is not None and not args.complete.is_file():
         raise FileNotFoundError(f"no image at {args.complete}")
 
 
-def _sampling_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user says about sampling, as fields of SamplingParams."""
+def _sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> SamplingParams:
+    """The checkpoint's defaults, or plain ones before it is loaded, with what the user says in their place."""
     from stage2_transformer.sampling import SamplingParams
 
-    top_k = None if args.top_k is None else args.top_k[0] if len(args.top_k) == 1 else tuple(args.top_k)
-    given = {"temperature": args.temperature, "top_k": top_k, "top_p": args.top_p, "cfg_scale": args.cfg_scale}
-    overrides = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    if len(given.get("top_k", ())) == 1:
+        given["top_k"] = given["top_k"][0]
     try:
-        SamplingParams(**overrides)
+        params = replace(pipe.sampling.params if pipe else SamplingParams(), **given)
+        if pipe is not None:
+            shape = pipe.image_tokenizer.code_shape
+            params.check_depths(shape[2] if len(shape) == 3 else 1)
     except ValueError as error:
-        raise UsageError(str(error)) from error
-    return overrides
+        message = re.sub("|".join(SAMPLING), lambda match: f"--{match[0].replace('_', '-')}", str(error), count=1)
+        raise UsageError(message) from error
+    if pipe is not None and params.cfg_scale != 1 and _condition(pipe) == "none":
+        raise UsageError(
+            f"--cfg-scale {params.cfg_scale:g} needs a prompt or a class to guide towards, and this model is "
+            "unconditional: leave it out"
+        )
+    return params
 
 
 def _load(args: argparse.Namespace) -> Pipeline:
+    check_device(args.device)
     from mindalle.pipeline import Pipeline
 
-    _check_device(args.device)
     pipe = Pipeline.from_pretrained(
         args.model,
         device=args.device,
         precision=args.precision,
-        clip=None if args.no_rerank else args.clip,
+        clip=args.clip,
         text_tokenizer=args.text_tokenizer,
         use_ema=args.ema,
     )
     if args.no_rerank:
         pipe.reranker = None
-    elif pipe.reranker is None and args.num_candidates:
-        print("no CLIP weights with this checkpoint: not reranked (--clip NAME reranks)", file=sys.stderr)
     return pipe
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device is available; use --device cpu")
+def _condition(pipe: Pipeline) -> str:
+    return "none" if pipe.model is None else pipe.model.config.condition.kind
 
 
-def _num_depths(pipe: Pipeline) -> int:
-    shape = pipe.image_tokenizer.code_shape
-    return shape[2] if len(shape) == 3 else 1
+def _check_conditions(pipe: Pipeline, prompts: Sequence[str | int | None]) -> None:
+    """Refuse what the model cannot draw before anything is drawn; words that it cannot read are named here."""
+    if pipe.model is None:
+        pipe.encode_condition(None)  # says so
+    for prompt in prompts:
+        try:
+            pipe.encode_condition(prompt)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
 
-def _known(pipe: Pipeline, args: argparse.Namespace) -> Any:
+def _known(pipe: Pipeline, args: argparse.Namespace) -> Tensor | None:
     """Codes of the rows of `--complete` to keep, or None."""
     if args.complete is None:
         return None
@@ -171,85 +203,85 @@ def _known(pipe: Pipeline, args: argparse.Namespace) -> Any:
     return pipe.known_codes(open_image(args.complete), args.keep_rows)
 
 
-def _generate_one(
-    pipe: Pipeline, args: argparse.Namespace, prompt: str | int | None, *, seed: int, params: SamplingParams, known: Any
-) -> None:
-    from mindalle.cli.output import free_stem, save_results
-
-    title = {str: str(prompt), int: f"class {prompt}"}.get(type(prompt), "unconditional")
-    stem = free_stem(args.out, f"{title[:48]} seed {seed}")
-    with _Progress(title, args.out / f"{stem}-preview.png" if args.preview else None) as progress:
-        result = pipe(
-            prompt,
-            num_images=args.num_images,
-            num_candidates=args.num_candidates,
-            params=params,
-            seed=seed,
-            batch_size=args.batch_size,
-            known=known,
-            on_step=progress.show,
-        )
-    records = _records(result, args, prompt, seed=seed, params=params)
-    for path, record in zip(save_results(args.out, stem, result.images, records, title), records, strict=True):
-        print(f"{path}  score {record['score']:.3f}" if record["score"] is not None else path)
+def _say_what_is_unused(pipe: Pipeline, args: argparse.Namespace) -> None:
+    is_text = _condition(pipe) == "text"
+    if is_text and pipe.reranker is None and not args.no_rerank:
+        say("not reranked: this checkpoint has no CLIP; --clip NAME reranks", is_note=True)
+    if not is_text and args.clip is not None:
+        say("not reranked: --clip judges by a prompt, which this model does not take", is_note=True)
 
 
-def _records(
-    result: Generation, args: argparse.Namespace, prompt: str | int | None, *, seed: int, params: SamplingParams
-) -> list[dict[str, Any]]:
-    """One mapping per picture with all that is needed to draw it again."""
-    settings = {
-        **asdict(params),
-        "precision": args.precision,
-        "num_candidates": args.num_candidates,
-        "complete": str(args.complete) if args.complete else None,
-        "keep_rows": args.keep_rows,
-    }
-    scores = result.scores or [None] * len(result.images)
-    return [
-        {
-            "prompt" if not isinstance(prompt, int) else "class_label": prompt,
-            "seed": seed,
-            "index": index,
-            "score": score,
-            "model": str(args.model),
-            "settings": settings,
+@dataclass(frozen=True, kw_only=True)
+class _Painter:
+    """Draws prompt after prompt with the same settings."""
+
+    args: argparse.Namespace
+    pipe: Pipeline
+    params: SamplingParams
+    seed: int
+    known: Tensor | None
+    progress: Progress
+
+    def draw(self, prompt: str | int | None, counter: str) -> None:
+        """Draw and save the pictures of a prompt; if interrupted, those that are finished."""
+        import torch
+
+        from mindalle.cli.output import free_stem, picture_suffixes
+
+        args = self.args
+        title = {str: str(prompt), int: f"class {prompt}"}.get(type(prompt), "unconditional")
+        name = f"{title[:40]} seed {self.seed}"
+        preview = None
+        if args.preview:
+            preview = args.out / f"{free_stem(args.out, name, picture_suffixes(args.num_images))}-preview.png"
+            say(f"preview in {preview}", is_note=True)
+        self.progress.begin(f"{counter}{title[:30]}", preview)
+        try:
+            result = self.pipe(
+                prompt,
+                num_images=args.num_images,
+                num_candidates=args.num_candidates,
+                params=self.params,
+                seed=self.seed,
+                batch_size=args.batch_size,
+                known=self.known,
+                on_step=self.progress.show,
+            )
+        except KeyboardInterrupt:
+            if self.progress.finished:
+                codes = torch.cat(self.progress.finished)
+                self._save(name, prompt, self.pipe.choose(codes, prompt, min(args.num_images, len(codes))))
+            raise
+        self._save(name, prompt, result)
+
+    def _save(self, name: str, prompt: str | int | None, result: Generation) -> None:
+        from mindalle.cli.output import save_results
+
+        records = self._records(prompt, result)
+        paths = save_results(self.args.out, name, result.images, records)
+        for path, record in zip(paths, records, strict=True):
+            say(path if record["score"] is None else f"{path}  score {record['score']:.3f}")
+
+    def _records(self, prompt: str | int | None, result: Generation) -> list[dict[str, Any]]:
+        """One mapping per picture with all that is needed to draw it again."""
+        args = self.args
+        settings = {
+            **asdict(self.params),
+            "precision": args.precision,
+            "ema": args.ema,
+            "num_candidates": args.num_candidates,
+            "clip": args.clip,
+            "complete": str(args.complete) if args.complete else None,
+            "keep_rows": args.keep_rows,
         }
-        for index, score in zip(result.indices, scores, strict=True)
-    ]
-
-
-class _Progress:
-    """A bar with codes per second over all batches of a prompt, and the preview file."""
-
-    def __init__(self, title: str, preview: Path | None) -> None:
-        self.bar = tqdm(desc=title[:40], unit="code", total=0)
-        self.preview = preview
-        self.last_done = 0
-        self.rows_shown = 0
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.bar.close()
-
-    def show(self, preview: Preview) -> None:
-        """Count the codes drawn; write the preview at the end of each row of codes."""
-        batch_size = len(preview.codes)
-        if preview.num_done <= self.last_done or self.bar.total == 0:  # a new batch begins
-            self.bar.total += preview.num_codes * batch_size
-            self.last_done = self.rows_shown = 0
-        self.bar.update((preview.num_done - self.last_done) * batch_size)
-        self.last_done = preview.num_done
-        rows = preview.num_done * preview.codes.shape[1] // preview.num_codes
-        if self.preview is not None and rows > self.rows_shown:
-            self.rows_shown = rows
-            self._write(preview)
-
-    def _write(self, preview: Preview) -> None:
-        from mindalle.cli.output import save_png
-        from mindalle.image import contact_sheet
-
-        assert self.preview is not None
-        save_png(self.preview, contact_sheet(preview.images), {})
+        return [
+            {
+                "class_label" if isinstance(prompt, int) else "prompt": prompt,
+                "seed": self.seed,
+                "index": index,
+                "score": result.scores[rank] if result.scores is not None else None,
+                "model": str(args.model),
+                "settings": settings,
+            }
+            for rank, index in enumerate(result.indices)
+        ]

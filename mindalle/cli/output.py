@@ -1,10 +1,13 @@
-"""Where pictures go: names that are free, PNGs that say how they were made, a contact sheet, results.jsonl."""
+"""Where results go: names that are free, PNGs that say how they were made, a contact sheet, results.jsonl."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +20,114 @@ from mindalle.image import contact_sheet
 RESULTS = "results.jsonl"
 
 
-def free_stem(directory: Path, name: str) -> str:
-    """A file stem in a directory that no file there begins with.
+def free_stem(directory: Path, name: str, suffixes: Sequence[str]) -> str:
+    """A file stem with which no file is in the way.
 
     Args:
         directory: need not exist.
-        name: any text, such as a prompt; letters, digits and dashes of it are kept.
+        name: any text, such as a prompt; letters, digits and underscores of it are kept.
+        suffixes: of all files to write, such as "-1.png".
 
     Returns:
-        "a-red-apple", or "a-red-apple-2" if there are files of that name, and so on.
+        "a-red-apple", or "a-red-apple_2" if one of the files of that name is there, and so on.
     """
-    slug = re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:60] or "image"
-    taken = {path.name for path in directory.glob("*")}
-    stem, number = slug, 1
-    while any(re.match(rf"{re.escape(stem)}(-\d+|-sheet|-preview)?\.png$", entry) for entry in taken):
+    slug = stem = re.sub(r"[^\w]+", "-", name.lower()).strip("-") or "image"
+    number = 1
+    while any(os.path.lexists(directory / f"{stem}{suffix}") for suffix in suffixes):
         number += 1
         stem = f"{slug}_{number}"
     return stem
 
 
+def picture_suffixes(num_images: int) -> list[str]:
+    """The ends of the names of all files that `save_results` and a preview may write."""
+    return [*(f"-{rank}.png" for rank in range(1, num_images + 1)), "-sheet.png", "-preview.png"]
+
+
 def save_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> None:
-    """Write a PNG with text chunks, atomically."""
+    """Write a PNG with text chunks, atomically.
+
+    Raises:
+        OSError: with the directory's name, if it cannot be written.
+    """
     info = PngInfo()
     for key, value in texts.items():
         info.add_itxt(key, value)
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    try:
+        with atomic_path(path) as temporary:
+            image.save(temporary, format="PNG", pnginfo=info)
+    except OSError as error:  # Pillow names no file, atomic_path its temporary one
+        raise OSError(error.errno, error.strerror or str(error), str(path.parent)) from error
 
 
 def save_results(
-    directory: Path, stem: str, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]], title: str
+    directory: Path, name: str, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]
 ) -> list[Path]:
     """Write pictures best first, a contact sheet if there are several, and a line each in results.jsonl.
 
     Args:
-        directory: to write to.
-        stem: of the files' names, from `free_stem`.
+        directory: to write to; made if need be.
+        name: of the files, see `free_stem`.
         images: best first.
-        records: one per picture: prompt, seed, index, score and settings; goes to text chunks and results.jsonl.
-        title: caption of pictures without a score on the sheet.
+        records: one per picture: prompt, seed, index, score and settings; goes to text chunks and
+            results.jsonl.
 
     Returns:
         The files of the pictures.
     """
-    paths = []
-    for rank, (image, record) in enumerate(zip(images, records, strict=True), start=1):
-        path = directory / f"{stem}-{rank}.png"
-        save_png(path, image, {key: _as_text(value) for key, value in record.items() if value is not None})
-        paths.append(path)
+    stem = free_stem(directory, name, [s for s in picture_suffixes(len(images)) if s != "-preview.png"])
+    paths = [directory / f"{stem}-{rank}.png" for rank in range(1, len(images) + 1)]
+    for path, image, record in zip(paths, images, records, strict=True):
+        save_png(path, image, _as_texts(record))
     if len(images) > 1:
-        scores = [record.get("score") for record in records]
-        captions = [title if score is None else f"{score:.3f}" for score in scores]
-        save_png(directory / f"{stem}-sheet.png", contact_sheet(images, captions=captions), {"prompt": title})
+        captions = [_caption(rank, record) for rank, record in enumerate(records, start=1)]
+        about = {
+            key: value
+            for key, value in records[0].items()
+            if key in ("prompt", "class_label", "seed", "model")
+        }
+        save_png(directory / f"{stem}-sheet.png", contact_sheet(images, captions=captions), _as_texts(about))
+    lines = [
+        json.dumps({"file": path.name, **record}, ensure_ascii=False) + "\n"
+        for path, record in zip(paths, records, strict=True)
+    ]
     with (directory / RESULTS).open("a", encoding="utf-8") as file:
-        for path, record in zip(paths, records, strict=True):
-            file.write(json.dumps({"file": path.name, **record}, ensure_ascii=False) + "\n")
+        file.write("".join(lines))  # at once: several runs may share the directory
     return paths
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _caption(rank: int, record: Mapping[str, Any]) -> str:
+    return f"{rank}" if record.get("score") is None else f"{rank}: {record['score']:.3f}"
+
+
+def _as_texts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Text chunks: strings as they are, all else as JSON, what is None left out."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in record.items()
+        if value is not None
+    }
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Give a temporary directory beside `path`; on a clean exit it becomes `path`, otherwise it is removed.
+
+    Args:
+        path: must not exist; its parents are made.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        FileExistsError: if `path` exists.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists: choose another DST, nothing is overwritten")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

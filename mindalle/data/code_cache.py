@@ -57,7 +57,9 @@ def write_code_cache(
     if directory.exists():
         raise FileExistsError(f"{directory} exists: remove it to encode again")
     if tokenizer.codebook_size > 1 << 16:
-        raise ValueError(f"codes are stored as uint16, so V must be at most 65536, got {tokenizer.codebook_size}")
+        raise ValueError(
+            f"codes are stored as uint16, so V must be at most 65536, got {tokenizer.codebook_size}"
+        )
     building = directory.with_name(directory.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -131,4 +133,7 @@ class CodeCache(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`codes` int64 (*code_shape) and `captions` of one image."""
-        return {"codes": torch.from_numpy(self.codes[index].astype(np.int64)), "captions": self.captions[index]}
+        return {
+            "codes": torch.from_numpy(self.codes[index].astype(np.int64)),
+            "captions": self.captions[index],
+        }

@@ -61,7 +61,9 @@ class CachedCodes(pl.LightningDataModule):
         for split, patterns in self.shards.items():
             if not (self.cache_dir / split).exists():
                 samples = shard_dataset(find_shards(patterns), tokenizer.convnet.image_size, shuffle=0)
-                write_code_cache(self.cache_dir / split, samples, tokenizer, tokenizer_hash=self._tokenizer_hash())
+                write_code_cache(
+                    self.cache_dir / split, samples, tokenizer, tokenizer_hash=self._tokenizer_hash()
+                )
         if not self.text_tokenizer_path.exists():
             captions = (caption for captions in self._cache("train").captions for caption in captions)
             TextTokenizer.train(captions, vocab_size=self.text_vocab_size, length=self.text_length).save(
@@ -90,12 +92,18 @@ class CachedCodes(pl.LightningDataModule):
             texts = []
             for sample in samples:
                 captions = sample["captions"]
-                texts.append(captions[int(torch.randint(len(captions), ())) if is_train else 0] if captions else "")
+                texts.append(
+                    captions[int(torch.randint(len(captions), ())) if is_train else 0] if captions else ""
+                )
             return {
                 "codes": torch.stack([sample["codes"] for sample in samples]),
                 "cond": text_tokenizer.encode(texts),
             }
 
         return DataLoader(
-            self._cache(split), batch_size=self.batch_size, shuffle=is_train, drop_last=is_train, collate_fn=collate
+            self._cache(split),
+            batch_size=self.batch_size,
+            shuffle=is_train,
+            drop_last=is_train,
+            collate_fn=collate,
         )

@@ -36,7 +36,9 @@ def find_shards(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         found = sorted(glob(pattern))
         if not found:
-            raise FileNotFoundError(f"no shards match {pattern}: point data.train_shards at WebDataset .tar files")
+            raise FileNotFoundError(
+                f"no shards match {pattern}: point data.train_shards at WebDataset .tar files"
+            )
         shards += found
     return shards
 
@@ -56,7 +58,9 @@ def decode_sample(sample: dict[str, Any], image_size: int) -> dict[str, Any]:
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:
-        raise ValueError(f"sample {sample['__key__']} of {sample['__url__']} has no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise ValueError(
+            f"sample {sample['__key__']} of {sample['__url__']} has no image ({', '.join(IMAGE_SUFFIXES)})"
+        )
     image = on_white(Image.open(io.BytesIO(sample[suffix])))
     captions = json.loads(sample["json"])["captions"] if "json" in sample else []
     return {"images": to_tensor(fit(image, (image_size, image_size))), "captions": captions}
@@ -83,7 +87,10 @@ def shard_dataset(shards: Sequence[str], image_size: int, *, shuffle: int) -> An
         return decode_sample(sample, image_size)
 
     dataset = wds.WebDataset(
-        list(shards), shardshuffle=len(shards) if shuffle else False, empty_check=False, handler=_skip_and_warn
+        list(shards),
+        shardshuffle=len(shards) if shuffle else False,
+        empty_check=False,
+        handler=_skip_and_warn,
     )
     if shuffle:
         dataset = dataset.shuffle(shuffle)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class QuantizerOutput(NamedTuple):
     """Result of quantising latents."""
 
-    latents: Tensor  # (B, C, h, w), what the decoder gets: the codes' vectors, with a straight-through gradient
+    latents: Tensor  # (B, C, h, w), what the decoder gets: the codes' vectors, gradient straight through
     codes: Tensor  # int64 (B, h, w) or (B, h, w, D)
     loss: Tensor  # scalar, the quantizer's own term of the training loss
 
@@ -48,7 +48,8 @@ def squared_distances(vectors: Tensor, codebook: Tensor) -> Tensor:
         codebook: (V, C).
 
     Returns:
-        (..., V) float32, expanded as |x|^2 + |e|^2 - 2 x.e: the order of the sums decides ties as in the originals.
+        (..., V) float32, expanded as |x|^2 + |e|^2 - 2 x.e: the order of the sums decides ties as in the
+        originals.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         flat = vectors.float().reshape(-1, vectors.shape[-1])  # (..., C) -> (M, C)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +56,8 @@ class ResidualQuantizer(Quantizer):
 
     def table(self, depth: int) -> Tensor:
         """The codebook (V, C) of a depth."""
-        return self.tables[0 if self.config.is_shared else depth]
+        table: Tensor = self.tables[0 if self.config.is_shared else depth]
+        return table
 
     def all_codebooks(self) -> Tensor:
         """All codebooks (D, V, C); smaller ones are padded with zero rows to the largest V."""
@@ -71,8 +71,8 @@ class ResidualQuantizer(Quantizer):
             latents: (B, C, h, w).
 
         Returns:
-            QuantizerOutput with codes (B, h, w, D). Its loss is the mean over depths of the squared distance between
-            the latents and the sum of the first codes' vectors; it trains the encoder only.
+            QuantizerOutput with codes (B, h, w, D). Its loss is the mean over depths of the squared distance
+            between the latents and the sum of the first codes' vectors; it trains the encoder only.
 
         Source: Lee et al. 2022, eq. 6.
         """
@@ -105,12 +105,13 @@ class ResidualQuantizer(Quantizer):
         Args:
             latents: (B, C, h, w).
             temperature: in squared units of the latents, > 0; towards 0 the distribution hardens to `encode`.
-            sample: draw each code from its distribution instead of taking the nearest; the next residual follows the
-                drawn one.
+            sample: draw each code from its distribution instead of taking the nearest; the next residual
+                follows the drawn one.
             generator: randomness of the draws; None = torch's default.
 
         Returns:
-            probabilities (B, h, w, D, V), zero where a depth's codebook is smaller, and codes int64 (B, h, w, D).
+            probabilities (B, h, w, D, V), zero where a depth's codebook is smaller, and codes int64
+            (B, h, w, D).
 
         Raises:
             ValueError: if the temperature is not positive.
@@ -118,7 +119,9 @@ class ResidualQuantizer(Quantizer):
         Source: Lee et al. 2022, section 3.2.3: softmax of minus the squared distance over the temperature.
         """
         if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}; encode() gives the hard codes")
+            raise ValueError(
+                f"temperature must be positive, got {temperature}; encode() gives the hard codes"
+            )
         residual = rearrange(latents, "b c h w -> b h w c").float()
         codes, probabilities = [], []
         for depth in range(self.config.depth):
@@ -153,7 +156,8 @@ class ResidualQuantizer(Quantizer):
         """
         if not 1 <= codes.shape[-1] <= self.config.depth:
             raise ValueError(
-                f"codes must have 1 to {self.config.depth} depths, got {codes.shape[-1]} in {tuple(codes.shape)}"
+                f"codes must have 1 to {self.config.depth} depths, "
+                f"got {codes.shape[-1]} in {tuple(codes.shape)}"
             )
         vectors = [F.embedding(codes[..., d], self.table(d)) for d in range(codes.shape[-1])]
         return rearrange(torch.stack(vectors, dim=-2).sum(dim=-2), "b h w c -> b c h w")

@@ -46,8 +46,8 @@ class VectorQuantizer(Quantizer):
             latents: (B, C, h, w), any float dtype; distances are computed in float32.
 
         Returns:
-            QuantizerOutput with codes (B, h, w); its loss trains the codebook towards the latents and, with weight
-            beta, the latents towards the codebook.
+            QuantizerOutput with codes (B, h, w); its loss trains the codebook towards the latents and, with
+            weight beta, the latents towards the codebook.
 
         Source: van den Oord et al. 2017, eq. 3; beta on the encoder's term, as in the paper.
         """

@@ -421,7 +421,7 @@ def test_permissions_of_the_archive_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
-        (("/evil/file", b"x"), "an absolute path"),
+        (("ABSOLUTE/evil", b"x"), "an absolute path"),
         (("\\evil", b"x"), "an absolute path"),
         (("C:evil", b"x"), "an absolute path"),
         (("../evil", b"x"), "a path that leaves the directory"),
@@ -437,6 +437,8 @@ def test_permissions_of_the_archive_are_not_taken(tmp_path: Path) -> None:
     ],
 )
 def test_hostile_entries_are_refused(tmp_path: Path, entry: Entry | tarfile.TarInfo, why: str) -> None:
+    if not isinstance(entry, tarfile.TarInfo):
+        entry = (entry[0].replace("ABSOLUTE", str(tmp_path)), entry[1])
     name = entry.name if isinstance(entry, tarfile.TarInfo) else entry[0]
     home = tmp_path / "cache"
     home.mkdir()
@@ -445,7 +447,6 @@ def test_hostile_entries_are_refused(tmp_path: Path, entry: Entry | tarfile.TarI
         extract(archive, home / "out")
     assert files(home) == ["a.tar.gz"]
     assert files(tmp_path) == ["cache"]
-    assert not Path("/evil").exists()
 
 
 def test_null_in_a_name_is_refused(tmp_path: Path) -> None:
@@ -486,7 +487,13 @@ def test_negative_size_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "second", [("top/file", b"2"), ("top/file/below", b"2"), special("top/file", tarfile.DIRTYPE)]
+    "second",
+    [
+        ("top/file", b"2"),
+        ("top/file/below", b"2"),
+        ("top/file/far/below", b"2"),
+        special("top/file", tarfile.DIRTYPE),
+    ],
 )
 def test_entry_that_is_there_twice(tmp_path: Path, second: Entry | tarfile.TarInfo) -> None:
     archive = make_tar(tmp_path / "a.tar.gz", ("top/file", b"1"), second)
@@ -545,16 +552,26 @@ def test_archive_cut_between_two_entries(tmp_path: Path) -> None:
     assert files(tmp_path) == ["a.tar"]
 
 
-def test_corrupt_and_foreign_files(tmp_path: Path) -> None:
-    """The first changes only bytes that gzip stores as they are: its checksum alone can tell."""
-    archive = make_tar(tmp_path / "a", ("top/model", random.Random(0).randbytes(99_999)))
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize("body", [random.Random(0).randbytes(99_999), b"0123456789" * 99_999])
+def test_corrupt_archive(tmp_path: Path, mode: str, body: bytes) -> None:
+    """What gzip cannot compress it stores as it is: there its checksum alone can tell."""
+    archive = make_tar(tmp_path / "a", ("top/model", body), mode=mode)
     broken = bytearray(archive.read_bytes())
     broken[len(broken) // 2 : len(broken) // 2 + 50] = b"\xff" * 50
-    for content in (bytes(broken), b"<html>not found</html>", b""):
-        archive.write_bytes(content)
-        with pytest.raises(ValueError, match="truncated or corrupt"):
-            extract(archive, tmp_path / "out")
-        assert files(tmp_path) == ["a"]
+    archive.write_bytes(broken)
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        extract(archive, tmp_path / "out")
+    assert files(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"", bytes(100)])
+def test_file_that_is_no_archive(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match="truncated or corrupt") as caught:
+        extract(tmp_path / "a", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert files(tmp_path) == ["a"]
 
 
 def test_empty_archive(tmp_path: Path) -> None:

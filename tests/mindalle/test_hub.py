@@ -284,14 +284,15 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
         resolve_model("minDALL-E/1.3B")
 
 
-@pytest.mark.usefixtures("server")
-def test_full_disk_is_not_called_unwritable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_must_hold_archive_and_contents(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
-        free = 0
+        free = 2 * len(server.archive) - 1
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(OSError, match=r"^not enough disk space for http"):
+    with pytest.raises(OSError, match=r"^not enough disk space for http"):  # not called unwritable
         resolve_model("minDALL-E/1.3B")
+    Usage.free += 1
+    resolve_model("minDALL-E/1.3B")
 
 
 # ---------------------------------------------------------------------------------------------- the hub
@@ -314,6 +315,16 @@ def test_malformed_hub_id() -> None:
         FileNotFoundError, match=r"'org/na--me' is not a released model, and as .* it failed: "
     ):
         resolve_model("org/na--me")
+
+
+def test_hub_error_of_many_lines_becomes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise RuntimeError("404 Client Error.\n\nRepository Not Found for url: ...\nPlease make sure ...")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=r"id it failed: 404 Client Error; bundled: ") as caught:
+        resolve_model("org/name")
+    assert "\n" not in str(caught.value)
 
 
 def test_hub_id_takes_native_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

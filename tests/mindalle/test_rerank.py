@@ -25,15 +25,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from checkpoint_io import config_to_mapping, read_tensors
-from mindalle.rerank import (
-    OPENAI_MODELS,
-    ClipConfig,
-    ClipReranker,
-    ClipTokenizer,
-    _read_torchscript,
-    infer_config,
-    save_clip,
-)
+from checkpoint_io.torchscript import read_torchscript
+from mindalle.clip import OPENAI_MODELS, ClipConfig, ClipTokenizer, infer_config, save_clip
+from mindalle.rerank import ClipReranker
 
 NATIVE = ClipConfig(
     embed_dim=16,
@@ -260,7 +254,7 @@ class TestOpenAIFile:
 class TestTorchScriptArchive:
     @pytest.mark.parametrize("kind", ["script", "trace"])
     def test_equals_torch_jit_load(self, openai_files: dict[str, Path], kind: str) -> None:
-        expected, got = torch.jit.load(openai_files[kind]).state_dict(), _read_torchscript(openai_files[kind])
+        expected, got = torch.jit.load(openai_files[kind]).state_dict(), read_torchscript(openai_files[kind])
         assert expected.keys() == got.keys()
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
@@ -272,7 +266,7 @@ class TestTorchScriptArchive:
                 new.writestr(name, b"garbage" if "/code/" in name else old.read(name))
         with pytest.raises(RuntimeError):
             torch.jit.load(garbled)
-        expected, got = _read_torchscript(whole), _read_torchscript(garbled)
+        expected, got = read_torchscript(whole), read_torchscript(garbled)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
     def test_refuses_to_run_code(self, tmp_path: Path) -> None:
@@ -318,6 +312,12 @@ class TestTorchScriptArchive:
         content[entry.header_offset + 1000] ^= 1
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"not a readable TorchScript archive: Bad CRC-32.* cut short\?"):
+            ClipReranker.from_pretrained(path)
+
+    def test_damaged_directory(self, openai_files: dict[str, Path], tmp_path: Path) -> None:
+        path = tmp_path / "clip.pt"
+        path.write_bytes(openai_files["script"].read_bytes().replace(b"PK\x01\x02", b"PK\x00\x00"))
+        with pytest.raises(ValueError, match=r"clip.pt.* is not a readable torch checkpoint: .*cut short\?"):
             ClipReranker.from_pretrained(path)
 
     @pytest.mark.parametrize("kind", ["state dict", "script"])
@@ -448,6 +448,7 @@ class ColourClip:
         self.num_texts = 0
 
     def encode_image(self, image: Tensor) -> Tensor:
+        assert torch.is_inference_mode_enabled()
         self.image_batches.append(len(image))
         return 7 * image.mean((2, 3))
 
@@ -485,7 +486,7 @@ class HalfPrecisionClip(nn.Module):
 
 class TestScore:
     def test_order_known_by_arithmetic(self) -> None:
-        """Pixels in [-1, 1] against (1, 0, 0): white (1, 1, 1) has 1/sqrt(3), cyan (-1, 1, 1) has -1/sqrt(3)."""
+        """Pixels in [-1, 1] against (1, 0, 0): white (1, 1, 1) has 3**-0.5, cyan (-1, 1, 1) its negative."""
         colours = ["cyan", "white", (255, 128, 128), "black", "blue"]
         images = [Image.new("RGB", (4, 4), colour) for colour in colours]
         signed = [(-1, 1, 1), (1, 1, 1), (1, 1 / 255, 1 / 255), (-1, -1, -1), (-1, -1, 1)]
@@ -493,7 +494,7 @@ class TestScore:
         scores = ClipReranker(ColourClip(), to_signed_pixels, to_colour_id).score(images, "red")
         torch.testing.assert_close(scores, expected)
         assert int(scores.argmax()) == 2
-        assert (scores.dtype, scores.shape, scores.is_inference()) == (torch.float32, (5,), True)
+        assert (scores.dtype, scores.shape, scores.is_inference()) == (torch.float32, (5,), False)
 
     def test_text_once_and_images_in_batches(self) -> None:
         model = ColourClip()
