@@ -62,7 +62,9 @@ def config_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, where: str)
         merged = OmegaConf.merge(OmegaConf.structured(cls), dict(mapping))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from error
+        field = f"{error.full_key}: " if error.full_key else ""
+        message = str(error).splitlines()[0].replace("$VALUE_TYPE", "another").replace("$VALUE", "an entry")
+        raise ValueError(f"{where}: {field}{message}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     assert isinstance(config, cls)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
-import pickle
+import re
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,61 +63,77 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
+# what torch's restricted unpickler says of a class it does not know, of a function in a module that it never allows, and
+# of a stand-in that the file goes on to fill like a dict or a list
+_UNKNOWN = re.compile(r"Unsupported global: GLOBAL ([\w.]+) was not an allowed global")
+_BLOCKED = re.compile(r"unsupported GLOBAL ([\w.]+) whose module [\w.]+ is blocked")
+_FILLED = re.compile(r"Can only (SETITEM|append).*but got <class '([\w.]+)'>")
+
+
 def _read_pickle(path: Path) -> Any:
     """torch.load with `weights_only=True`; each class it does not know is replaced by an inert stand-in."""
     is_zip = zipfile.is_zipfile(path)  # the format since torch 1.6; only it can be mapped
-    stand_ins: dict[str, type] = {}
+    bases: dict[str, type] = {}  # class in the file -> what its stand-in is filled like
     while True:
-        allowed = [(stand_in, name) for name, stand_in in stand_ins.items()]
         try:
-            with torch.serialization.safe_globals(allowed):
+            with torch.serialization.safe_globals([_stand_in(name, base) for name, base in bases.items()]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except pickle.UnpicklingError as error:
-            name = _unsupported_global(str(error))
-            if name is None or name in stand_ins:
-                raise CheckpointError(f"{path} is refused, it may run code: {_first_line(error)}") from error
-            stand_ins[name] = _stand_in(name)
         except Exception as error:  # a damaged file fails in any of a dozen ways
-            raise CheckpointError(
-                f"{path} ({path.stat().st_size} bytes) is not a readable torch checkpoint: "
-                f"{_first_line(error)}. Was the download cut short?"
-            ) from error
+            function = _forbidden_function(str(error))
+            if function:
+                raise CheckpointError(f"{path} is refused, it asks to run {function}") from error
+            missing = _missing_stand_in(str(error), bases)
+            if missing is None:
+                raise CheckpointError(
+                    f"{path} ({path.stat().st_size} bytes) is not a readable torch checkpoint: "
+                    f"{_reason(error)}. Was the download cut short?"
+                ) from error
+            bases.update(missing)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, without torch's advice to load the file unsafely."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0].rstrip(".")
 
 
-def _unsupported_global(message: str) -> str | None:
-    """The `module.Class` that torch's restricted unpickler names when it refuses a file."""
-    for marker in ("Unsupported global: GLOBAL ", "Unsupported class "):
-        if marker in message:
-            return message.split(marker, 1)[1].split()[0].rstrip(".,")
+def _forbidden_function(message: str) -> str | None:
+    """What no honest checkpoint names: a function among the builtins, or anything of a blocked module."""
+    blocked, unknown = _BLOCKED.search(message), _UNKNOWN.search(message)
+    if blocked:
+        return blocked[1]
+    # torch leaves the module of builtins out
+    if unknown and "." not in unknown[1] and not isinstance(getattr(builtins, unknown[1], None), type):
+        return unknown[1]
     return None
 
 
-def _stand_in(name: str) -> type:
-    """A class that can be built and filled like the one called `name`, and does nothing."""
+def _missing_stand_in(message: str, bases: Mapping[str, type]) -> dict[str, type] | None:
+    """The class that kept torch from reading on and what its stand-in must be like; None = no stand-in helps."""
+    unknown, filled = _UNKNOWN.search(message), _FILLED.search(message)
+    if unknown:
+        name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
+        return {name: object} if name not in bases else None
+    if filled and bases.get(filled[2]) is object:
+        return {filled[2]: OrderedDict if filled[1] == "SETITEM" else list}
+    return None
+
+
+def _stand_in(name: str, base: type) -> type:
+    """A class that can be built and filled like the one called `name`, and does nothing.
+
+    torch fills plain containers only: instances of a stand-in for a dict or a list are its `base` itself.
+    """
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return object.__new__(cls)
+        return object.__new__(cls) if base is object else base()
 
     def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
         return None
 
     module, _, qualname = name.rpartition(".")
-    return type(
-        qualname,
-        (),
-        {
-            "__new__": new,
-            "__init__": ignore,
-            "__setstate__": ignore,
-            "__module__": module,
-            "__hash__": object.__hash__,
-        },
-    )
+    members = {"__new__": new, "__init__": ignore, "__setstate__": ignore, "__module__": module}
+    return type(qualname, (), members | {"__hash__": object.__hash__})
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def guide(logits: Tensor, cfg_scale: float) -> Tensor:
     Returns:
         (B, V): unconditional + s * (conditional - unconditional).
     """
-    conditional, unconditional = logits.chunk(2)
+    conditional, unconditional = logits.float().chunk(2)
     # codes that are ruled out have -inf in both halves, and their difference would be no number
     return torch.where(
         conditional.isneginf(), conditional, unconditional + cfg_scale * (conditional - unconditional)

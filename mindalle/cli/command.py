@@ -108,6 +108,12 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {message} (this is unexpected: --debug shows where)"
 
 
+def with_option_names(message: str) -> str:
+    """A message about SamplingParams in the words of the command line: --top-k, not top_k."""
+    names = r"\b(temperature|top_k|top_p|cfg_scale)\b"
+    return re.sub(names, lambda match: f"--{match[0].replace('_', '-')}", message, count=1)
+
+
 def say(line: object, *, is_note: bool = False) -> None:
     """Print a line, above the progress bar if there is one: results to stdout, notes to stderr."""
     from tqdm import tqdm  # lazy: --help is quick

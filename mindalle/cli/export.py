@@ -7,19 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mindalle.cli.command import Parser, positive_int, run
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    check_writable,
+    positive_int,
+    run,
+    say,
+    with_option_names,
+)
 
 EXAMPLES = """\
-  export.py --image-tokenizer runs/vqgan/last.ckpt runs/tokenizer
-  export.py --image-tokenizer runs/tokenizer --model runs/gpt/last.ckpt --text-tokenizer
-  runs/text_tokenizer.json \\
-      --top-k 256 --dtype fp16 my-model"""
+  {prog} --image-tokenizer runs/vqgan/last.ckpt runs/tokenizer
+  {prog} --image-tokenizer runs/tokenizer --model runs/gpt/last.ckpt \\
+      --text-tokenizer runs/text_tokenizer.json --top-k 256 --dtype fp16 my-model"""
 
 
-def build_parser() -> Parser:
+def build_parser(prog: str) -> Parser:
     """The command's options."""
     parser = Parser(
-        prog="export.py",
+        prog=prog,
         description="Write a native checkpoint, which Pipeline.from_pretrained loads, from training runs.",
         examples=EXAMPLES,
     )
@@ -38,19 +45,28 @@ def build_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "export.py") -> int:
     """Run the command; returns its exit code."""
-    return run(build_parser(), export_checkpoint, argv)
+    return run(build_parser(prog), export_checkpoint, argv)
 
 
 def export_checkpoint(args: argparse.Namespace) -> None:
     """Load the runs' weights and save them as native."""
+    if args.text_tokenizer is not None and args.model is None:
+        raise UsageError("--text-tokenizer is of a model: pass --model too")
+    check_writable(args.destination, "DST")
     from mindalle.checkpoint import SamplingDefaults, save_checkpoint
     from mindalle.pipeline import PRECISIONS
     from mindalle.text import TextTokenizer
     from stage1_vqgan import VQGAN, VQGANConfig, load_tokenizer
     from stage2_transformer import GPT, GPTConfig, SamplingParams
 
+    try:
+        params = SamplingParams(
+            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, cfg_scale=args.cfg_scale
+        )
+    except ValueError as error:
+        raise UsageError(with_option_names(str(error))) from error
     if args.image_tokenizer.is_dir():
         image_tokenizer: Any = load_tokenizer(args.image_tokenizer)
     else:
@@ -62,9 +78,6 @@ def export_checkpoint(args: argparse.Namespace) -> None:
         text_tokenizer = TextTokenizer.from_file(
             args.text_tokenizer, length=condition.length, vocab_size=condition.vocab_size
         )
-    params = SamplingParams(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, cfg_scale=args.cfg_scale
-    )
     save_checkpoint(
         args.destination,
         image_tokenizer=image_tokenizer,
@@ -74,7 +87,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
         card=args.card.read_text(encoding="utf-8") if args.card else "",
         dtype=PRECISIONS[args.dtype] if args.dtype else None,
     )
-    print(args.destination)
+    say(args.destination)
 
 
 def _from_run(path: Path, cls: type[Any], config_cls: type[Any]) -> Any:

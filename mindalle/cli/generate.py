@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindalle.cli.command import Parser, UsageError, check_device, check_writable, positive_int, run, say
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    check_device,
+    check_writable,
+    positive_int,
+    run,
+    say,
+    with_option_names,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +34,6 @@ EXAMPLES = """\
   {prog} --model minDALL-E/1.3B --clip ViT-B/32 --prompt "a painting of a fox" --top-k 256 --precision bf16
   {prog} --model path/to/rq-vae/imagenet_1.4B --class-label 207 --num-images 8
   {prog} --prompt "a cat" --complete half.png --keep-rows 4"""
-SAMPLING = ("temperature", "top_k", "top_p", "cfg_scale")
 
 
 def build_parser(prog: str) -> Parser:
@@ -140,17 +147,16 @@ def _sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> 
     """The checkpoint's defaults, or plain ones before it is loaded, with what the user says in their place."""
     from stage2_transformer.sampling import SamplingParams
 
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    if len(given.get("top_k", ())) == 1:
-        given["top_k"] = given["top_k"][0]
+    top_k = args.top_k and (args.top_k[0] if len(args.top_k) == 1 else tuple(args.top_k))
+    given = {"temperature": args.temperature, "top_k": top_k, "top_p": args.top_p, "cfg_scale": args.cfg_scale}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
         params = replace(pipe.sampling.params if pipe else SamplingParams(), **given)
         if pipe is not None:
             shape = pipe.image_tokenizer.code_shape
             params.check_depths(shape[2] if len(shape) == 3 else 1)
     except ValueError as error:
-        message = re.sub("|".join(SAMPLING), lambda match: f"--{match[0].replace('_', '-')}", str(error), count=1)
-        raise UsageError(message) from error
+        raise UsageError(with_option_names(str(error))) from error
     if pipe is not None and params.cfg_scale != 1 and _condition(pipe) == "none":
         raise UsageError(
             f"--cfg-scale {params.cfg_scale:g} needs a prompt or a class to guide towards, and this model is "
@@ -226,14 +232,15 @@ class _Painter:
         """Draw and save the pictures of a prompt; if interrupted, those that are finished."""
         import torch
 
-        from mindalle.cli.output import free_stem, picture_suffixes
+        from mindalle.cli.output import free_stem, picture_suffixes, slug
 
         args = self.args
         title = {str: str(prompt), int: f"class {prompt}"}.get(type(prompt), "unconditional")
-        name = f"{title[:40]} seed {self.seed}"
+        stem = slug(f"{title[:40]} seed {self.seed}")
         preview = None
         if args.preview:
-            preview = args.out / f"{free_stem(args.out, name, picture_suffixes(args.num_images))}-preview.png"
+            suffixes = [*picture_suffixes(args.num_images), "-preview.png"]
+            preview = args.out / f"{free_stem(args.out, stem, suffixes)}-preview.png"
             say(f"preview in {preview}", is_note=True)
         self.progress.begin(f"{counter}{title[:30]}", preview)
         try:
@@ -250,15 +257,15 @@ class _Painter:
         except KeyboardInterrupt:
             if self.progress.finished:
                 codes = torch.cat(self.progress.finished)
-                self._save(name, prompt, self.pipe.choose(codes, prompt, min(args.num_images, len(codes))))
+                self._save(stem, prompt, self.pipe.choose(codes, prompt, min(args.num_images, len(codes))))
             raise
-        self._save(name, prompt, result)
+        self._save(stem, prompt, result)
 
-    def _save(self, name: str, prompt: str | int | None, result: Generation) -> None:
+    def _save(self, stem: str, prompt: str | int | None, result: Generation) -> None:
         from mindalle.cli.output import save_results
 
         records = self._records(prompt, result)
-        paths = save_results(self.args.out, name, result.images, records)
+        paths = save_results(self.args.out, stem, result.images, records)
         for path, record in zip(paths, records, strict=True):
             say(path if record["score"] is None else f"{path}  score {record['score']:.3f}")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from collections.abc import Sequence
+from importlib import import_module, metadata
 
 COMMANDS = {
     "generate": ("mindalle.cli.generate", "draw pictures from a prompt or a class"),
@@ -14,18 +15,32 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    """Run the subcommand that the first argument names; returns its exit code."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the first argument names.
+
+    Args:
+        argv: arguments; None = the program's own.
+
+    Returns:
+        Its exit code; 2 if there is no such command.
+    """
+    name, *rest = (list(argv) if argv is not None else sys.argv[1:]) or [""]
     if name in ("-h", "--help"):
-        print("usage: mindalle COMMAND ...  (mindalle COMMAND --help says more)\n")
-        for command, (_, summary) in COMMANDS.items():
-            print(f"  {command:<12} {summary}")
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"mindalle {metadata.version('mindalle')}")
         return 0
     if name not in COMMANDS:
-        print(f"mindalle: error: no command {name!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        problem = f"no command {name!r}" if name else "no command given"
+        print(f"mindalle: error: {problem}; known are {', '.join(COMMANDS)} (see mindalle --help)", file=sys.stderr)
         return 2
-    return int(import_module(COMMANDS[name][0]).main(sys.argv[2:]) or 0)
+    return int(import_module(COMMANDS[name][0]).main(rest, prog=f"mindalle {name}"))
+
+
+def _help() -> str:
+    lines = [f"  {command:<12} {summary}" for command, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: mindalle COMMAND ...  (mindalle COMMAND --help says more)", "", *lines])
 
 
 if __name__ == "__main__":

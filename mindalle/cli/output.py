@@ -20,28 +20,32 @@ from mindalle.image import contact_sheet
 RESULTS = "results.jsonl"
 
 
-def free_stem(directory: Path, name: str, suffixes: Sequence[str]) -> str:
+def slug(text: str) -> str:
+    """A text, such as a prompt, as the stem of a file name: its letters, digits and underscores."""
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-") or "image"
+
+
+def free_stem(directory: Path, stem: str, suffixes: Sequence[str]) -> str:
     """A file stem with which no file is in the way.
 
     Args:
         directory: need not exist.
-        name: any text, such as a prompt; letters, digits and underscores of it are kept.
+        stem: wanted.
         suffixes: of all files to write, such as "-1.png".
 
     Returns:
-        "a-red-apple", or "a-red-apple_2" if one of the files of that name is there, and so on.
+        The stem, or with "_2" after it if one of its files is there, and so on.
     """
-    slug = stem = re.sub(r"[^\w]+", "-", name.lower()).strip("-") or "image"
-    number = 1
-    while any(os.path.lexists(directory / f"{stem}{suffix}") for suffix in suffixes):
+    free, number = stem, 1
+    while any(os.path.lexists(directory / f"{free}{suffix}") for suffix in suffixes):
         number += 1
-        stem = f"{slug}_{number}"
-    return stem
+        free = f"{stem}_{number}"
+    return free
 
 
 def picture_suffixes(num_images: int) -> list[str]:
-    """The ends of the names of all files that `save_results` and a preview may write."""
-    return [*(f"-{rank}.png" for rank in range(1, num_images + 1)), "-sheet.png", "-preview.png"]
+    """The ends of the names of all files that `save_results` may write."""
+    return [*(f"-{rank}.png" for rank in range(1, num_images + 1)), "-sheet.png"]
 
 
 def save_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> None:
@@ -61,13 +65,13 @@ def save_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> None:
 
 
 def save_results(
-    directory: Path, name: str, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]
+    directory: Path, stem: str, images: Sequence[Image.Image], records: Sequence[Mapping[str, Any]]
 ) -> list[Path]:
     """Write pictures best first, a contact sheet if there are several, and a line each in results.jsonl.
 
     Args:
         directory: to write to; made if need be.
-        name: of the files, see `free_stem`.
+        stem: of the files' names, made free.
         images: best first.
         records: one per picture: prompt, seed, index, score and settings; goes to text chunks and
             results.jsonl.
@@ -75,7 +79,7 @@ def save_results(
     Returns:
         The files of the pictures.
     """
-    stem = free_stem(directory, name, [s for s in picture_suffixes(len(images)) if s != "-preview.png"])
+    stem = free_stem(directory, stem, picture_suffixes(len(images)))
     paths = [directory / f"{stem}-{rank}.png" for rank in range(1, len(images) + 1)]
     for path, image, record in zip(paths, images, records, strict=True):
         save_png(path, image, _as_texts(record))
@@ -109,6 +113,12 @@ def _as_texts(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def check_free(path: Path) -> None:
+    """Raise FileExistsError if there is something at the path."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists, and nothing is overwritten: choose another DST")
+
+
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Give a temporary directory beside `path`; on a clean exit it becomes `path`, otherwise it is removed.
@@ -122,8 +132,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: if `path` exists.
     """
-    if os.path.lexists(path):
-        raise FileExistsError(f"{path} exists: choose another DST, nothing is overwritten")
+    check_free(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     temporary.mkdir(parents=True)
     try:

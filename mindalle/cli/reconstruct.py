@@ -90,3 +90,94 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     if missing is not None:
         raise FileNotFoundError(f"no image at {missing}")
     return files
+
+
+def _sheet_path(out: Path) -> Path:
+    is_directory = out.is_dir() or not out.suffix
+    if not is_directory and out.suffix.lower() != ".png":
+        raise UsageError(f"--out must end in .png, or be a directory for reconstruction.png, got {out}")
+    path = out / "reconstruction.png" if is_directory else out
+    check_writable(path.parent, "--out")
+    return path
+
+
+def _size(text: str | None, tokenizer: QuantizedAutoencoder) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    if text is None:
+        return (tokenizer.convnet.image_size, tokenizer.convnet.image_size)
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise UsageError(f"--size must be HxW, such as 256x512, got {text!r}") from None
+    step = tokenizer.downsampling
+    if min(height, width) < 1 or height % step or width % step:
+        raise UsageError(f"--size must be two multiples of {step} for this tokenizer, got {text}")
+    return (height, width)
+
+
+def _reconstruct(
+    tokenizer: QuantizedAutoencoder, files: Sequence[Path], size: tuple[int, int], args: argparse.Namespace
+) -> Iterator[tuple[Sequence[Path], Tensor, Tensor, list[Tensor]]]:
+    """Batches of files with their images, codes, and reconstructions: one, or one for each number of depths."""
+    import torch
+
+    from mindalle.image import fit, open_image, to_tensor
+
+    for first in range(0, len(files), args.batch_size):
+        batch = files[first : first + args.batch_size]
+        images = torch.stack([to_tensor(fit(open_image(file), size)) for file in batch])
+        with torch.inference_mode():
+            codes = tokenizer.encode(images.to(args.device))
+            kept = [codes[..., :depth] for depth in range(1, codes.shape[-1] + 1)] if args.depths else [codes]
+            columns = [tokenizer.decode(part).cpu() for part in kept]
+        yield batch, images, codes.cpu(), columns
+
+
+class _Totals:
+    """Measures over all pictures, and the first of them for the sheet."""
+
+    def __init__(self, tokenizer: QuantizedAutoencoder) -> None:
+        self.codebook_size = tokenizer.codebook_size
+        self.psnr: list[Tensor] = []  # (B, columns) dB of each batch
+        self.counts: Tensor | None = None  # (D, V) how often each entry is used
+        self.cells: list[Image.Image] = []  # row by row: the picture, its reconstructions
+
+    @property
+    def num_columns(self) -> int:
+        """Reconstructions of each picture."""
+        return self.psnr[0].shape[1]
+
+    def add(self, files: Sequence[Path], images: Tensor, codes: Tensor, columns: list[Tensor]) -> None:
+        """Measure a batch and say each picture's PSNR."""
+        import torch
+
+        from mindalle.image import psnr, to_pil
+
+        values = torch.stack([psnr(images, column) for column in columns], dim=1)
+        for file, value in zip(files, values[:, -1].tolist(), strict=True):
+            say(f"{file}  PSNR {value:.2f} dB")
+        self.psnr.append(values)
+        by_depth = codes.flatten(0, 2).T if codes.ndim == 4 else codes.flatten()[None]  # -> (D, M)
+        counts = torch.stack([torch.bincount(row, minlength=self.codebook_size) for row in by_depth])
+        self.counts = counts if self.counts is None else self.counts + counts
+        rows = zip(*(to_pil(column) for column in (images, *columns)), strict=True)
+        self.cells += [cell for row in rows for cell in row][: SHEET_ROWS * (1 + len(columns)) - len(self.cells)]
+
+    def lines(self) -> list[str]:
+        """The mean PSNR of each column; per depth how many codebook entries are used, and how evenly."""
+        import torch
+
+        assert self.counts is not None
+        values = torch.cat(self.psnr)
+        lines = []
+        for depths, value in enumerate(values.mean(dim=0).tolist(), start=1):
+            name = "mean" if self.num_columns == 1 else f"{depths} of {self.num_columns} depths"
+            lines.append(f"{name}  PSNR {value:.2f} dB over {len(values)} pictures")
+        for depth, row in enumerate(self.counts.double(), start=1):
+            shares = row[row > 0] / row.sum()
+            perplexity = float((-(shares * shares.log()).sum()).exp())
+            lines.append(
+                f"codebook{f', depth {depth}' if len(self.counts) > 1 else ''}  {len(shares)} of "
+                f"{self.codebook_size} entries used by {int(row.sum())} codes, perplexity {perplexity:.1f}"
+            )
+        return lines

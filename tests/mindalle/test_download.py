@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -553,7 +554,9 @@ def test_archive_cut_between_two_entries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
-@pytest.mark.parametrize("body", [random.Random(0).randbytes(99_999), b"0123456789" * 99_999])
+@pytest.mark.parametrize(
+    "body", [random.Random(0).randbytes(99_999), bytes(random.Random(0).choices(b"0123456789", k=99_999))]
+)
 def test_corrupt_archive(tmp_path: Path, mode: str, body: bytes) -> None:
     """What gzip cannot compress it stores as it is: there its checksum alone can tell."""
     archive = make_tar(tmp_path / "a", ("top/model", body), mode=mode)
@@ -562,6 +565,16 @@ def test_corrupt_archive(tmp_path: Path, mode: str, body: bytes) -> None:
     archive.write_bytes(broken)
     with pytest.raises(ValueError, match="truncated or corrupt"):
         extract(archive, tmp_path / "out")
+    assert files(tmp_path) == ["a"]
+
+
+def test_corrupt_compression(tmp_path: Path) -> None:
+    plain = make_tar(tmp_path / "a", ("top/model", bytes(99_999)), mode="w").read_bytes()
+    deflate = zlib.compressobj(wbits=31)  # gzip
+    half = deflate.compress(plain[:50_000]) + deflate.flush(zlib.Z_SYNC_FLUSH)
+    (tmp_path / "a").write_bytes(half + b"\xff" * 50)
+    with pytest.raises(ValueError, match="invalid block type; it is truncated or corrupt"):
+        extract(tmp_path / "a", tmp_path / "out")
     assert files(tmp_path) == ["a"]
 
 

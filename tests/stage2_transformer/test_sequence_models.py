@@ -91,12 +91,12 @@ def test_a_word_depends_on_the_words_before_it_and_a_code_on_all_words(name: str
     config, model = MODELS[name], build(name)
     words, codes = torch.arange(5)[None], draw_codes(config, 1)  # each word occurs once
     output = model(codes, words)
-    table = model.condition.embedding.weight
-    to_words = _dependence(output.text_logits[0], [table])[0][:, :5]
+    words_read = [model.condition.embedding.weight]
+    to_words = _dependence(output.text_logits[0], words_read)[0][:, :5]
     assert torch.equal(to_words, torch.ones(4, 5, dtype=torch.bool).tril())
-    assert _dependence(_finite(output.logits)[0].flatten(0, -2), [table])[0][:, :5].all()
-    to_codes = _dependence(model(codes, words).text_logits[0], _code_tables(model))
-    assert not any(part.any() for part in to_codes)
+    assert bool(_dependence(_finite(output.logits)[0].flatten(0, -2), words_read)[0][:, :5].all())
+    tables = _code_tables(model)  # before the forward pass: they are new leaves
+    assert not any(part.any() for part in _dependence(model(codes, words).text_logits[0], tables))
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
@@ -134,8 +134,8 @@ DROPOUTS: dict[str, Config] = {
     "gpt_embedding": gpt(embedding_dropout=0.5),
     "rq_body_residual": rq(body=blocks(residual_dropout=0.5)),
     "rq_body_attention": rq(body=blocks(attention_dropout=0.5)),
-    "rq_head_residual": rq(head=blocks(residual_dropout=0.5)),
-    "rq_head_attention": rq(head=blocks(attention_dropout=0.5)),
+    "rq_head_residual": rq(head=blocks(num_heads=4, residual_dropout=0.5)),
+    "rq_head_attention": rq(head=blocks(num_heads=4, attention_dropout=0.5)),
     "rq_embedding": rq(embedding_dropout=0.5),
 }
 
@@ -310,7 +310,7 @@ def _influence(model: Model, config: Config) -> Tensor:
     for table, found in zip(tables, _dependence(logits, tables), strict=True):
         if table.ndim == 3:  # (T, D, V): the codebook
             influence |= found[:, places % depth, codes]
-        elif isinstance(config, RQTransformerConfig) and not config.has_shared_embedding:
+        elif not isinstance(config, GPTConfig) and not config.has_shared_embedding:
             first = torch.tensor([sum(config.codebook_sizes[:d]) for d in range(depth)])
             influence |= found[:, first[places % depth] + codes]
         else:
