@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from checkpoint_io.tensors import CheckpointError
 
 KeyTable: TypeAlias = "Mapping[str, str | None]"
-"""Their name -> our name. `{}` stands for a number, `*` for weight or bias, `**` for anything; `None` drops the tensor on
-purpose; a target `name[i/n]` makes the tensor part i of n of ours along dimension 0 (their query, key and
-value are our one qkv)."""
+"""Their name -> our name.
+
+`{}` stands for a number, `*` for weight or bias, `**` for anything; `None` drops the tensor on purpose; a
+target `name[i/n]` makes the tensor part i of n of ours along dimension 0 (their query, key and value are our
+one qkv).
+"""
 
 _PART = re.compile(r"^(?P<name>.*)\[(?P<index>\d+)/(?P<parts>\d+)\]$")
 

@@ -69,7 +69,8 @@ class CheckpointPart:
             raise CheckpointError(f"{self.file} has no EMA weights (keys: {_first_keys(content)})")
         if not isinstance(content, Mapping):
             raise CheckpointError(
-                f"{section} of {self.file} is a {type(content).__name__}, expected a mapping of names to tensors"
+                f"{section} of {self.file} is a {type(content).__name__}, "
+                "expected a mapping of names to tensors"
             )
         tensors = {
             name.removeprefix("module.").removeprefix(self.prefix): value
@@ -109,8 +110,8 @@ def find_parts(path: str | Path) -> dict[PartName, CheckpointPart]:
     raise CheckpointError(
         f"{path} is no checkpoint of a known layout: it holds {found}. Expected one of: native (config.yaml, "
         "*.safetensors), minDALL-E (config.yaml, stage1_last.ckpt, stage2_last.ckpt, tokenizer/), minDALL-E "
-        "fine-tuned (config.yaml, a .ckpt), rq-vae (stage1/ and stage2/ with model.pt and config.yaml), taming "
-        "(a .ckpt and a .yaml)"
+        "fine-tuned (config.yaml, a .ckpt), rq-vae (stage1/ and stage2/ with model.pt and config.yaml), "
+        "taming (a .ckpt and a .yaml)"
     )
 
 

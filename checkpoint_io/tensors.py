@@ -63,8 +63,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-# what torch's restricted unpickler says of a class it does not know, of a function in a module that it never allows, and
-# of a stand-in that the file goes on to fill like a dict or a list
+# what torch's restricted unpickler says of a class it does not know, of a function in a module that it never
+# allows, and of a stand-in that the file goes on to fill like a dict or a list
 _UNKNOWN = re.compile(r"Unsupported global: GLOBAL ([\w.]+) was not an allowed global")
 _BLOCKED = re.compile(r"unsupported GLOBAL ([\w.]+) whose module [\w.]+ is blocked")
 _FILLED = re.compile(r"Can only (SETITEM|append).*but got <class '([\w.]+)'>")
@@ -78,7 +78,7 @@ def _read_pickle(path: Path) -> Any:
         try:
             with torch.serialization.safe_globals([_stand_in(name, base) for name, base in bases.items()]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except Exception as error:  # a damaged file fails in any of a dozen ways
+        except Exception as error:  # noqa: PERF203  (a damaged file fails in any of a dozen ways)
             function = _forbidden_function(str(error))
             if function:
                 raise CheckpointError(f"{path} is refused, it asks to run {function}") from error
@@ -109,7 +109,7 @@ def _forbidden_function(message: str) -> str | None:
 
 
 def _missing_stand_in(message: str, bases: Mapping[str, type]) -> dict[str, type] | None:
-    """The class that kept torch from reading on and what its stand-in must be like; None = no stand-in helps."""
+    """The class that kept torch from reading on, and what its stand-in must be like; None = none helps."""
     unknown, filled = _UNKNOWN.search(message), _FILLED.search(message)
     if unknown:
         name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"

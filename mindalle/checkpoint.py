@@ -1,4 +1,4 @@
-"""Whole checkpoints: both stages, the text tokenizer and the sampling defaults, from any layout; written as native."""
+"""Whole checkpoints: stages, text tokenizer, sampling defaults; read in any layout, written as native."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def load_checkpoint(
     Args:
         path: a directory or `.ckpt` file of any known layout, see `checkpoint_io.find_parts`.
         text_tokenizer: where the text tokenizer is, if not with the checkpoint.
-        use_ema: take averaged weights, where the files have them.
+        use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
 
     Returns:
         The parts.
@@ -74,10 +74,15 @@ def load_checkpoint(
     parts = find_parts(path)
     if "image_tokenizer" not in parts:
         raise CheckpointError(
-            f"{path} has a sequence model but no image tokenizer: pass the directory that holds both (stage1/ and stage2/)"
+            f"{path} has a sequence model but no image tokenizer: "
+            "pass the directory that holds both (stage1/ and stage2/)"
         )
     part = parts.get("model", parts["image_tokenizer"])
     _check_native(part)
+    if use_ema and part.layout == "native":
+        raise CheckpointError(
+            f"{path} is native and has no EMA weights beside its own: leave out --ema, use_ema"
+        )
     image_tokenizer = tokenizer_from_part(parts["image_tokenizer"])
     checkpoint = Checkpoint(
         layout=part.layout, image_tokenizer=image_tokenizer, sampling=sampling_defaults(part)
@@ -91,6 +96,8 @@ def load_checkpoint(
         )
         if checkpoint.model.config.condition.kind == "text":
             checkpoint.text_tokenizer = _find_text_tokenizer(path, checkpoint.model, text_tokenizer)
+    if text_tokenizer is not None and checkpoint.text_tokenizer is None:
+        logger.warning("the text tokenizer %s is not used: this model does not read text", text_tokenizer)
     return checkpoint
 
 
@@ -100,13 +107,14 @@ def _check_native(part: CheckpointPart) -> None:
     unknown = sorted(set(part.config) - set(SECTIONS))
     if part.config.get("format") != FORMAT or unknown:
         raise CheckpointError(
-            f"{part.file.parent / 'config.yaml'}: expected format {FORMAT} with sections {', '.join(SECTIONS)}, "
-            f"got format {part.config.get('format')!r} and unknown {', '.join(unknown) or 'nothing'}"
+            f"{part.file.parent / 'config.yaml'}: expected format {FORMAT} with sections "
+            f"{', '.join(SECTIONS)}, got format {part.config.get('format')!r} "
+            f"and unknown {', '.join(unknown) or 'nothing'}"
         )
 
 
 def sampling_defaults(part: CheckpointPart) -> SamplingDefaults:
-    """The sampling section of a checkpoint's config: native, or rq-vae-transformer's `sampling` and `experiment.sample`.
+    """The sampling section of a config: native, or rq-vae-transformer's `sampling` or `experiment.sample`.
 
     Args:
         part: the sequence model's.
@@ -141,14 +149,13 @@ def _find_text_tokenizer(
     condition = model.config.condition
     root = path if path.is_dir() else path.parent
     candidates = [root / "text_tokenizer.json", root / "tokenizer", root]
-    candidates += sorted(
-        root.resolve().parent.glob("*/tokenizer")
-    )  # rq-vae-transformer's releases have none: minDALL-E's
+    # rq-vae-transformer's releases have none: minDALL-E's, beside them
+    candidates += sorted(root.resolve().parent.glob("*/tokenizer"))
     for candidate in [Path(given)] if given is not None else candidates:
         is_there = candidate.is_file() or all((candidate / name).is_file() for name in BPE16K_FILES)
         if not is_there and given is None:
             continue
-        if candidate.parent not in (root, root.parent):
+        if given is None and candidate.parent not in (root, root.parent):
             logger.warning("the checkpoint has no text tokenizer, taking the BPE-16k of %s", candidate)
         return TextTokenizer.from_file(candidate, length=condition.length, vocab_size=condition.vocab_size)
     return None

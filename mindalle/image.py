@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+ROUNDING = 1e-4
+"""Of a byte, added before truncating: one that was a float32 in [-1, 1] is off by up to 2e-5 and must not fall."""
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB, transparency on white.
+    """Read an image file as RGB, upright as its camera noted, transparency on white.
 
     Args:
         path: the file.
@@ -30,18 +34,40 @@ def open_image(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # Pillow refuses twice as many pixels
             return on_white(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{path} is not an image of a known format: expected PNG, JPEG, WebP, ..."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is refused: {str(error).rstrip('.')}; scale it down first") from error
+    except Exception as error:  # a damaged file fails in any of a dozen ways
+        raise ValueError(f"{path} is not a readable image: {error}. Was the download cut short?") from error
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB; what is transparent becomes white."""
+    """Any PIL image as RGB, upright as its camera noted; what is transparent becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits ("I" in Pillow before 11), which Pillow would clip, not scale
+        image = _to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey -> "L", or "LA" where one value stands for transparency."""
+    values = np.asarray(image).clip(0, 65535)  # (H, W)
+    grey = Image.fromarray((values / 257).round().astype(np.uint8))
+    if "transparency" in image.info:
+        is_opaque = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(np.uint8(255) * is_opaque))
+    return grey
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -51,9 +77,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1], clamped here -> PIL images; truncated to bytes as the originals do."""
+    """Images (B, 3, H, W) in [-1, 1], clamped here -> PIL images; truncated to bytes as the originals do.
+
+    The inverse of `to_tensor`, byte for byte.
+    """
     unit = (images.detach().float().cpu() * 0.5 + 0.5).clamp(0, 1)
-    pixels = rearrange((unit * 255).to(torch.uint8), "b c h w -> b h w c").numpy()
+    pixels = rearrange((unit * 255 + ROUNDING).to(torch.uint8), "b c h w -> b h w c").numpy()
     return [Image.fromarray(picture) for picture in pixels]
 
 
@@ -96,29 +125,40 @@ def contact_sheet(
         images: at least one; each is scaled to fill a cell.
         columns: of the grid; None = about square.
         captions: one line under each image; long ones are cut.
-        cell: side of a cell in pixels; None = the largest image's, at least 64.
+        cell: longer side of a cell in pixels; None = the largest image's, at least 64.
 
     Returns:
         One RGB image.
+
+    Raises:
+        ValueError: if there are no images, or captions for another number of them.
     """
+    if not images or (captions is not None and len(captions) != len(images)):
+        raise ValueError(
+            f"a sheet needs images and a caption for each or none, got {len(images)} images and "
+            f"{'no' if captions is None else len(captions)} captions"
+        )
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    cell = cell or max(64, *(max(image.size) for image in images))
+    width, height = (max(sides) for sides in zip(*(image.size for image in images), strict=True))
+    zoom = (cell or max(64, width, height)) / max(width, height)
+    width, height = max(1, round(width * zoom)), max(1, round(height * zoom))  # of a cell
     line = 14 if captions else 0
     gap = 4
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line + gap) + gap), "white")
+    size = (columns * (width + gap) + gap, rows * (height + line + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        left, top = gap + (i % columns) * (cell + gap), gap + (i // columns) * (cell + line + gap)
-        scale = cell / max(image.size)
+        left, top = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + line + gap)
+        scale = min(width / image.width, height / image.height)
         resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
         resized = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample
         )
         sheet.paste(resized, (left, top))
         if captions:
-            text = captions[i]
-            while text and draw.textlength(text) > cell:
+            text = " ".join(captions[i].split())  # one line
+            while text and draw.textlength(text) > width:
                 text = text[:-1]
-            draw.text((left, top + cell), text, fill="black")
+            draw.text((left, top + height), text, fill="black")
     return sheet

@@ -104,7 +104,7 @@ class Pipeline:
             clip: the CLIP to rerank with, see `ClipReranker.from_pretrained`; None = the checkpoint's own,
                 if any.
             text_tokenizer: file or directory, where it is not with the checkpoint.
-            use_ema: take averaged weights, where the files have them.
+            use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
 
         Returns:
             The pipeline, in evaluation mode.
@@ -278,15 +278,17 @@ class Pipeline:
             raise ValueError(
                 {
                     "text": f"this model draws from text, got {prompt!r}: pass a prompt (--prompt TEXT)",
-                    "class": f"this model draws classes 0 to {condition.vocab_size - 1}, got {prompt!r}: pass a class label (--class-label N)",
+                    "class": f"this model draws classes 0 to {condition.vocab_size - 1}, got {prompt!r}: "
+                    "pass a class label (--class-label N)",
                     "none": f"this model is unconditional, got {prompt!r}: pass no prompt and no class label",
                 }[condition.kind]
             )
         if isinstance(prompt, str):
             if self.text_tokenizer is None:
                 raise ValueError(
-                    "this checkpoint has no text tokenizer (rq-vae-transformer's releases ship none): pass text_tokenizer, "
-                    "--text-tokenizer on the command line, with the directory of bpe-16k-vocab.json and bpe-16k-merges.txt"
+                    "this checkpoint has no text tokenizer (rq-vae-transformer's releases ship none): pass "
+                    "text_tokenizer, on the command line --text-tokenizer, with the directory of "
+                    "bpe-16k-vocab.json and bpe-16k-merges.txt"
                 )
             return self.text_tokenizer.encode([prompt]).to(device)
         if isinstance(prompt, int):
@@ -321,7 +323,7 @@ class Pipeline:
         with torch.inference_mode():
             return [
                 image
-                for chunk in codes.split(batch_size)
+                for chunk in torch.split(codes, batch_size)
                 for image in to_pil(self.image_tokenizer.decode(chunk))
             ]
 

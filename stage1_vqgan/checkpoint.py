@@ -29,7 +29,7 @@ STAGE1: dict[str, tuple[type[Any], type[Any]]] = {
 }
 """Type in a native config.yaml -> class and config."""
 
-_ENCODER_DECODER: dict[str, str | None] = {
+_ENCODER_DECODER: KeyTable = {
     "encoder.conv_in.*": "encoder.conv_in.*",
     "encoder.down.{}.block.{}.norm1.*": "encoder.levels.{}.blocks.{}.norm1.*",
     "encoder.down.{}.block.{}.conv1.*": "encoder.levels.{}.blocks.{}.conv1.*",
@@ -80,12 +80,14 @@ _ENCODER_DECODER: dict[str, str | None] = {
     }.items()
 }
 
-VQGAN_KEYS: KeyTable = _ENCODER_DECODER | {
+VQGAN_KEYS: KeyTable = {
+    **_ENCODER_DECODER,
     "quantize.embedding.weight": "quantizer.codebook",
     "loss.**": None,  # taming: LPIPS and the discriminator
 }
 
-RQVAE_KEYS: KeyTable = _ENCODER_DECODER | {
+RQVAE_KEYS: KeyTable = {
+    **_ENCODER_DECODER,
     "quantizer.codebooks.{}.weight": "quantizer.tables.{}",
     "quantizer.codebooks.{}.cluster_size_ema": None,  # state of the codebook's training
     "quantizer.codebooks.{}.embed_ema": None,
@@ -135,7 +137,7 @@ def tokenizer_from_part(part: CheckpointPart, *, use_ema: bool = False) -> Quant
         model = tokenizer_from_config(
             part.config["image_tokenizer"], where=f"image_tokenizer of {part.file.parent}"
         )
-        tensors, table = part.read(), None
+        tensors, table = part.read(use_ema=use_ema), None
     elif part.layout == "rq-vae":
         model = _empty(RQVAE, part.translate_config(rqvae_config))
         tensors, table = part.read(use_ema=use_ema), RQVAE_KEYS
@@ -159,9 +161,11 @@ def tokenizer_from_config(section: Mapping[str, Any], *, where: str) -> Any:
         The tokenizer, its parameters without storage.
 
     Raises:
-        CheckpointError: if the type is unknown.
+        CheckpointError: if the section is empty or the type unknown.
         ValueError: if a field is unknown or out of range.
     """
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"{where} must be a mapping with a type, got {section!r}")
     fields = dict(section)
     kind = fields.pop("type", None)
     if kind not in STAGE1:
@@ -279,8 +283,8 @@ def _untie_codebooks(
         table = tensors.get(name.format(depth))
         if table is None or len(table) != config.codebook_sizes[depth] + 1:
             raise CheckpointError(
-                f"{source}: {name.format(depth)} should have {config.codebook_sizes[depth]} + 1 rows (the last "
-                f"is padding), got {'no such tensor' if table is None else len(table)}"
+                f"{source}: {name.format(depth)} should have {config.codebook_sizes[depth]} rows and one of "
+                f"padding, got {'no such tensor' if table is None else len(table)}"
             )
         if config.is_shared and first is not None:
             if not torch.equal(table, first):

@@ -51,15 +51,16 @@ def check_images(images: Tensor, downsampling: int) -> None:
     Raises:
         ValueError: says what was got and expected.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
         raise ValueError(
-            f"images must be floating point (B, 3, H, W), got {images.dtype} {tuple(images.shape)}: "
-            "convert with mindalle.image.to_tensor"
+            f"images must be floating point (B, 3, H, W) and not empty, got {images.dtype} "
+            f"{tuple(images.shape)}: convert with mindalle.image.to_tensor"
         )
     height, width = images.shape[2:]
-    if height % downsampling or width % downsampling or not images.numel():
+    if height % downsampling or width % downsampling:
         raise ValueError(
-            f"image sides must be multiples of {downsampling}, got {height}x{width}: resize or crop the images"
+            f"image sides must be multiples of {downsampling}, got {height}x{width}: "
+            "resize or crop the images"
         )
 
 
@@ -74,9 +75,10 @@ def check_codes(codes: Tensor, codebook_size: int, ndim: int) -> None:
     Raises:
         ValueError: says what was got and expected.
     """
-    if codes.ndim != ndim or codes.is_floating_point():
+    if codes.ndim != ndim or codes.is_floating_point() or not codes.numel():
         raise ValueError(
-            f"codes must be int64 with {ndim} dimensions, got {codes.dtype} {tuple(codes.shape)}"
+            f"codes must be int64 with {ndim} dimensions and not empty, "
+            f"got {codes.dtype} {tuple(codes.shape)}"
         )
     low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= codebook_size:

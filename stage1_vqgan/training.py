@@ -76,7 +76,7 @@ class VQGANTraining(pl.LightningModule):
                 f"{stage}/l1": l1,
                 f"{stage}/quantizer": quantized.loss,
                 f"{stage}/psnr": 10 * torch.log10(4 / error),  # the range of [-1, 1] is 2, its square 4
-                f"{stage}/codes_used": float(quantized.codes.unique().numel()),
+                f"{stage}/codes_used": float((quantized.codes.flatten().bincount() > 0).sum()),
             },
             batch_size=len(images),
             prog_bar=True,

@@ -20,6 +20,8 @@ class VQGANConfig:
 class VQGAN(QuantizedAutoencoder):
     """An `ImageTokenizer` with codes (B, h, w), as in taming-transformers and minDALL-E."""
 
+    quantizer: VectorQuantizer
+
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__(
             config.convnet, VectorQuantizer(config.quantizer), latent_width=config.quantizer.width

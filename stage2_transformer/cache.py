@@ -99,10 +99,12 @@ class KVCache:
             The step to give to the layers.
 
         Raises:
-            ValueError: if a row has no room.
+            ValueError: if a row has no condition yet, or no room.
         """
         rows = list(range(self.batch_size)) if rows is None else list(rows)
         starts = [self.lengths[row] for row in rows]
+        if min(starts) == 0:
+            raise ValueError(f"row {rows[starts.index(0)]} has no condition yet: call prefill first")
         if max(starts) + num_new > self.capacity:
             raise ValueError(
                 f"the cache has room for {self.capacity} entries a row, got {max(starts)} and {num_new} "
@@ -145,7 +147,7 @@ class DecodeStep:
         first_visible: Sequence[Sequence[int]],
     ) -> None:
         self.cache = cache
-        self.is_uniform = len(rows) == cache.batch_size and len(set(starts)) == 1
+        self.is_uniform = rows == list(range(cache.batch_size)) and len(set(starts)) == 1
         self.start = starts[0]
         self.begin = min(min(row) for row in first_visible)
         self.end = max(starts) + num_new

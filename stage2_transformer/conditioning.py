@@ -105,8 +105,10 @@ class Condition(nn.Module):
             Same shape and dtype as `cond`.
 
         Raises:
-            ValueError: if the model is unconditional.
+            ValueError: if the model is unconditional or the condition missing.
         """
-        if self.config.kind == "none" or cond is None:
+        if self.config.kind == "none":
             raise ValueError("guidance needs a condition, and this model is unconditional: use cfg_scale=1")
+        if cond is None:
+            raise ValueError(f"this model needs a {self.config.kind} condition, got None")
         return torch.full_like(cond, PAD_ID if self.config.kind == "text" else self.config.vocab_size)

@@ -45,7 +45,8 @@ def generate(
     for num_done, codes in iterate_codes(model, cond, params, seeds=seeds, known=known):
         if on_step is not None:
             on_step(num_done, codes)
-    return codes.view(len(seeds), *model.code_shape)  # (B, T) -> (B, *code_shape)
+    # (B, T) -> (B, *code_shape); cloned, since autograd refuses what was made in inference mode
+    return codes.clone().view(len(seeds), *model.code_shape)
 
 
 @torch.inference_mode()
@@ -99,6 +100,8 @@ def _place_known(codes: Tensor, known: Tensor, vocab_size: int) -> int:
         raise ValueError(
             f"known codes must be ({len(codes)} or 1, at most {codes.shape[1]}), got {tuple(known.shape)}"
         )
+    if known.is_floating_point():
+        raise ValueError(f"known codes must be integers, got {known.dtype}")
     if int(known.min()) < 0 or int(known.max()) >= vocab_size:
         raise ValueError(
             f"known codes must be in [0, {vocab_size}), got {int(known.min())} to {int(known.max())}: "

@@ -69,6 +69,11 @@ class RQTransformerConfig:
         return self.code_shape[0] * self.code_shape[1]
 
     @property
+    def has_codebook(self) -> bool:
+        """Whether body or head read codes as codebook vectors."""
+        return self.has_codebook_body or self.has_codebook_head
+
+    @property
     def has_table(self) -> bool:
         """Whether body or head read codes through an embedding table."""
         return not (self.has_codebook_body and self.has_codebook_head)
@@ -140,8 +145,11 @@ class DepthClassifier(nn.Module):
 
     def forward(self, x: Tensor, depths: Sequence[int]) -> Tensor:
         """(B, n, C) of which entry i is of depth `depths[i]` -> (B, n, V)."""
-        chosen = list(depths)
-        return torch.einsum("bnc,ncv->bnv", x, self.weight[chosen]) + self.bias[chosen]
+        logits = x.new_empty(*x.shape[:2], self.weight.shape[-1])
+        for depth in set(depths):  # not one gathered weight (C, V) per entry: a known half image has hundreds
+            entries = [i for i, entry_depth in enumerate(depths) if entry_depth == depth]
+            logits[:, entries] = x[:, entries] @ self.weight[depth] + self.bias[depth]
+        return logits
 
 
 class RQTransformer(nn.Module):
@@ -152,23 +160,14 @@ class RQTransformer(nn.Module):
 
     Args:
         config: shape of the model.
-        codebook: (D, V, C'), the image tokenizer's; needed where codes enter as its vectors, never trained.
+        codebook: (D, V, C'), the image tokenizer's; used only where codes enter as its vectors, never trained.
     """
 
     def __init__(self, config: RQTransformerConfig, codebook: Tensor | None = None) -> None:
         super().__init__()
         width, sizes = config.body.width, config.codebook_sizes
         self.config = config
-        if codebook is None and (config.has_codebook_body or config.has_codebook_head):
-            raise ValueError("this RQ-Transformer reads codes as codebook vectors: pass tokenizer.codebook()")
-        if codebook is not None:
-            expected = (config.depth, max(sizes), config.codebook_width)
-            if tuple(codebook.shape) != expected:
-                raise ValueError(
-                    f"the codebook must be (D, V, C) = {expected}, got {tuple(codebook.shape)}: "
-                    "is this the image tokenizer the model was trained with?"
-                )
-        self.register_buffer("codebook", codebook, persistent=False)
+        self.register_buffer("codebook", _check_codebook(codebook, config), persistent=False)
         self.codebook: Tensor | None
         self.condition = Condition(config.condition, width, has_positions=True)
         self.position_embedding = nn.Parameter(0.02 * torch.randn(config.num_positions, width))
@@ -317,9 +316,8 @@ class RQTransformer(nn.Module):
         """Codes (..., D) -> what stands for each of them (..., D, C' or C)."""
         if from_codebook:
             assert self.codebook is not None
-            return torch.stack(
-                [F.embedding(c, e) for c, e in zip(codes.unbind(-1), self.codebook, strict=True)], dim=-2
-            )
+            by_depth = zip(codes.unbind(dim=-1), self.codebook, strict=True)
+            return torch.stack([F.embedding(part, table) for part, table in by_depth], dim=-2)
         assert self.table is not None
         if self.config.has_shared_embedding:
             return self.table(codes)  # type: ignore[no-any-return]
@@ -348,3 +346,18 @@ class RQTransformer(nn.Module):
         for i, d in enumerate(depths):
             logits[:, i, self.config.codebook_sizes[d] :] = -math.inf
         return logits
+
+
+def _check_codebook(codebook: Tensor | None, config: RQTransformerConfig) -> Tensor | None:
+    """The codebook, out of reach of gradients; None where nothing reads it."""
+    if not config.has_codebook:
+        return None
+    if codebook is None:
+        raise ValueError("this RQ-Transformer reads codes as codebook vectors: pass tokenizer.codebook()")
+    expected = (config.depth, max(config.codebook_sizes), config.codebook_width)
+    if tuple(codebook.shape) != expected:
+        raise ValueError(
+            f"the codebook must be (D, V, C) = {expected}, got {tuple(codebook.shape)}: "
+            "is this the image tokenizer the model was trained with?"
+        )
+    return codebook.detach()

@@ -36,6 +36,11 @@ class SamplingParams:
         if not math.isfinite(self.cfg_scale) or self.cfg_scale < 0:
             raise ValueError(f"cfg_scale must be finite and >= 0 (1 = no guidance), got {self.cfg_scale}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether always the most likely code is taken; divided by less than 1e-30, logits overflow float32."""
+        return self.temperature < 1e-30
+
     def top_k_at(self, depth: int) -> int | None:
         """The k of a depth."""
         return self.top_k[depth] if isinstance(self.top_k, tuple) else self.top_k
@@ -108,7 +113,7 @@ def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -
         first in the sort. Of top-p the code that crosses p is kept, so at least one survives.
     """
     logits = logits.float()
-    if params.temperature == 0:
+    if params.is_greedy:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     logits = logits / params.temperature
     top_k = params.top_k_at(depth)
@@ -119,8 +124,10 @@ def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -
     kept, indices = logits.topk(size, dim=-1)  # sorted, most likely first
     probabilities = torch.softmax(kept, dim=-1)
     if top_p is not None:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        # a code goes if those before it reach p; their sum is taken as it is, so that rounding decides as in the
+        # originals where it meets p
+        is_reached = probabilities.cumsum(dim=-1) >= top_p
+        probabilities[:, 1:].masked_fill_(is_reached[:, :-1], 0.0)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     return torch.zeros_like(logits).scatter_(-1, indices, probabilities)
 
@@ -145,7 +152,7 @@ def sample_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 
             "the model's logits are not finite: with --precision fp16 or bf16 try fp32, "
             "otherwise check the checkpoint"
         )
-    if params.temperature == 0:
+    if params.is_greedy:
         return logits.argmax(dim=-1)
     cumulative = code_probabilities(logits, params, depth).double().cumsum(dim=-1)
     threshold = u.to(cumulative.device)[:, None] * cumulative[:, -1:]

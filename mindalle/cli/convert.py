@@ -18,7 +18,7 @@ def build_parser(prog: str) -> Parser:
     """The command's options."""
     parser = Parser(
         prog=prog,
-        description="Write a checkpoint of minDALL-E, rq-vae-transformer or taming-transformers in the native layout.",
+        description="Write a checkpoint of minDALL-E, rq-vae-transformer or taming in the native layout.",
         examples=EXAMPLES,
     )
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""`mindalle export`, `tools/export.py`: the checkpoints of finished training runs to one native checkpoint."""
+"""`mindalle export`, `tools/export.py`: checkpoints of training runs to one native checkpoint."""
 
 from __future__ import annotations
 

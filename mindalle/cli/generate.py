@@ -20,6 +20,7 @@ from mindalle.cli.command import (
     say,
     with_option_names,
 )
+from mindalle.cli.prompts import wanted_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,37 +39,35 @@ EXAMPLES = """\
 
 def build_parser(prog: str) -> Parser:
     """The command's options."""
-    parser = Parser(prog=prog, description="Draw pictures from a prompt, a class, or nothing.", examples=EXAMPLES)
-    what = parser.add_argument_group("what to draw")
-    what.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; repeatable")
-    what.add_argument("--prompts-file", type=Path, metavar="FILE", help="a prompt per line; empty lines are skipped")
-    what.add_argument(
-        "--class-label", type=int, action="append", default=[], metavar="N", help="class to draw; repeatable"
+    parser = Parser(
+        prog=prog, description="Draw pictures from a prompt, a class, or nothing.", examples=EXAMPLES
     )
-    what.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="to keep per prompt (1)")
-    what.add_argument("--num-candidates", type=positive_int, metavar="N", help="to draw and choose from by CLIP")
-    what.add_argument("--complete", type=Path, metavar="IMAGE", help="keep the top of this picture, draw the rest")
-    what.add_argument("--keep-rows", type=positive_int, metavar="N", help="rows of codes to keep of --complete")
-    model = parser.add_argument_group("with which model")
-    model.add_argument("--model", default="emoji", help="bundled name, checkpoint path, release or hub id (emoji)")
-    model.add_argument("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
-    model.add_argument("--ema", action="store_true", help="take the averaged weights of an rq-vae checkpoint")
-    model.add_argument("--clip", metavar="NAME", help="rerank with ViT-B/32, a .pt file or a native directory")
-    model.add_argument("--no-rerank", action="store_true", help="keep the first pictures drawn")
-    model.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
-    model.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer (fp32)"
-    )
-    how = parser.add_argument_group("how to sample (defaults come from the checkpoint)")
-    how.add_argument("--temperature", type=float, metavar="T", help="0 = greedy")
-    how.add_argument("--top-k", type=int, nargs="+", metavar="K", help="keep the K likeliest codes; RQ: one per depth")
-    how.add_argument("--top-p", type=float, metavar="P", help="keep codes with this much probability, in (0, 1]")
-    how.add_argument("--cfg-scale", type=float, metavar="S", help="guidance towards the prompt; 1 = off")
-    how.add_argument("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
-    how.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
-    out = parser.add_argument_group("where to")
-    out.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="nothing is overwritten (outputs)")
-    out.add_argument("--preview", action="store_true", help="write the growing pictures to NAME-preview.png")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to draw; repeatable")
+    add("--prompts-file", type=Path, metavar="FILE", help="a prompt per line; empty lines are skipped")
+    add("--class-label", type=int, action="append", default=[], metavar="N", help="to draw; repeatable")
+    add("--num-images", type=positive_int, default=1, metavar="N", help="to keep per prompt (1)")
+    add("--num-candidates", type=positive_int, metavar="N", help="to draw and choose from by CLIP")
+    add("--complete", type=Path, metavar="IMAGE", help="keep the top of this picture, draw the rest")
+    add("--keep-rows", type=positive_int, metavar="N", help="rows of codes to keep of --complete")
+    add = parser.add_argument_group("with which model").add_argument
+    add("--model", default="emoji", help="bundled name, checkpoint path, release or hub id (emoji)")
+    add("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
+    add("--ema", action="store_true", help="take the averaged weights of an rq-vae checkpoint")
+    add("--clip", metavar="NAME", help="rerank with ViT-B/32, a .pt file or a native directory")
+    add("--no-rerank", action="store_true", help="keep the first pictures drawn")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer (fp32)")
+    add = parser.add_argument_group("how to sample (defaults come from the checkpoint)").add_argument
+    add("--temperature", type=float, metavar="T", help="0 = greedy")
+    add("--top-k", type=int, nargs="+", metavar="K", help="keep the K likeliest codes; RQ: one per depth")
+    add("--top-p", type=float, metavar="P", help="keep codes with this much probability, in (0, 1]")
+    add("--cfg-scale", type=float, metavar="S", help="guidance towards the prompt; 1 = off")
+    add("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
+    add("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
+    add = parser.add_argument_group("where to").add_argument
+    add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="nothing is overwritten (outputs)")
+    add("--preview", action="store_true", help="write the growing pictures to NAME-preview.png")
     return parser
 
 
@@ -79,9 +78,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "generate.py") -> int:
 
 def generate_pictures(args: argparse.Namespace) -> None:
     """Load the model, draw for every prompt, write the results."""
-    prompts = _prompts(args)
+    prompts = wanted_prompts(args)
     _check_options(args)
-    check_writable(args.out, "--out")  # whatever is wrong shows before the model loads
+    check_writable(args.out, "--out")  # what is wrong shows before the model loads, if it can
     pipe = _load(args)
     _check_conditions(pipe, prompts)
     params = _sampling_params(args, pipe)
@@ -91,41 +90,14 @@ def generate_pictures(args: argparse.Namespace) -> None:
     say(f"seed {seed}", is_note=True)
     from mindalle.cli.progress import Progress
 
-    num_pictures = sum(pipe.count_candidates(prompt, args.num_images, args.num_candidates) for prompt in prompts)
+    num_pictures = sum(
+        pipe.count_candidates(prompt, args.num_images, args.num_candidates) for prompt in prompts
+    )
     num_codes = math.prod(pipe.image_tokenizer.code_shape) - (known.shape[1] if known is not None else 0)
     with Progress(num_pictures * num_codes) as progress:
         painter = _Painter(args=args, pipe=pipe, params=params, seed=seed, known=known, progress=progress)
         for number, prompt in enumerate(prompts, start=1):
             painter.draw(prompt, f"{number}/{len(prompts)} " if len(prompts) > 1 else "")
-
-
-def _prompts(args: argparse.Namespace) -> list[str | int | None]:
-    """What to draw; one None if the user does not say."""
-    prompts: list[str | int | None] = [*args.prompt, *args.class_label]
-    if args.prompts_file is not None:
-        prompts += _read_prompts(args.prompts_file)
-    for prompt in prompts:
-        if isinstance(prompt, str) and not prompt.strip():
-            raise UsageError("--prompt is empty: say what to draw")
-        if isinstance(prompt, str) and not prompt.isascii() and prompt != prompt.encode("utf-8", "ignore").decode():
-            raise UsageError("--prompt is not UTF-8 text: is this terminal's encoding another one?")
-    return prompts or [None]
-
-
-def _read_prompts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts file at {path}: expected a text file with a prompt per line")
-    content = path.read_bytes()
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path} is not UTF-8 text: line {line} has the byte 0x{content[error.start]:02x}; save it as UTF-8"
-        ) from error
-    if not any(lines):
-        raise ValueError(f"{path} holds no prompts: write one per line")
-    return [line for line in lines if line]
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -144,11 +116,16 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> SamplingParams:
-    """The checkpoint's defaults, or plain ones before it is loaded, with what the user says in their place."""
+    """The checkpoint's defaults (before it is loaded: plain ones), except for what the user says."""
     from stage2_transformer.sampling import SamplingParams
 
     top_k = args.top_k and (args.top_k[0] if len(args.top_k) == 1 else tuple(args.top_k))
-    given = {"temperature": args.temperature, "top_k": top_k, "top_p": args.top_p, "cfg_scale": args.cfg_scale}
+    given = {
+        "temperature": args.temperature,
+        "top_k": top_k,
+        "top_p": args.top_p,
+        "cfg_scale": args.cfg_scale,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     try:
         params = replace(pipe.sampling.params if pipe else SamplingParams(), **given)
@@ -187,14 +164,14 @@ def _condition(pipe: Pipeline) -> str:
 
 
 def _check_conditions(pipe: Pipeline, prompts: Sequence[str | int | None]) -> None:
-    """Refuse what the model cannot draw before anything is drawn; words that it cannot read are named here."""
+    """Refuse what the model cannot draw before anything is drawn; words it cannot read are named here."""
     if pipe.model is None:
         pipe.encode_condition(None)  # says so
-    for prompt in prompts:
-        try:
+    try:
+        for prompt in prompts:
             pipe.encode_condition(prompt)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _known(pipe: Pipeline, args: argparse.Namespace) -> Tensor | None:
@@ -205,7 +182,9 @@ def _known(pipe: Pipeline, args: argparse.Namespace) -> Tensor | None:
 
     rows = pipe.image_tokenizer.code_shape[0]
     if args.keep_rows >= rows:
-        raise UsageError(f"--keep-rows must be less than the model's {rows} rows of codes, got {args.keep_rows}")
+        raise UsageError(
+            f"--keep-rows must be less than the model's {rows} rows of codes, got {args.keep_rows}"
+        )
     return pipe.known_codes(open_image(args.complete), args.keep_rows)
 
 

@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         problem = f"no command {name!r}" if name else "no command given"
-        print(f"mindalle: error: {problem}; known are {', '.join(COMMANDS)} (see mindalle --help)", file=sys.stderr)
+        print(
+            f"mindalle: error: {problem}; known are {', '.join(COMMANDS)} (see mindalle --help)",
+            file=sys.stderr,
+        )
         return 2
     return int(import_module(COMMANDS[name][0]).main(rest, prog=f"mindalle {name}"))
 

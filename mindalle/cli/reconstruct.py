@@ -28,7 +28,7 @@ def build_parser(prog: str) -> Parser:
     """The command's options."""
     parser = Parser(
         prog=prog,
-        description="Encode pictures, decode the codes, and show both side by side with PSNR and codebook usage.",
+        description="Encode pictures, decode the codes; show both side by side, PSNR and codebook usage.",
         examples=EXAMPLES,
     )
     add = parser.add_argument
@@ -64,9 +64,13 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(resolve_model(args.model), use_ema=args.ema).to(args.device)
     size = _size(args.size, tokenizer)
     if args.depths and len(tokenizer.code_shape) == 2:
-        raise UsageError("--depths is for residual codes (RQ-VAE), and this tokenizer has one code per position")
+        raise UsageError(
+            "--depths is for residual codes (RQ-VAE), and this tokenizer has one code per position"
+        )
     totals = _Totals(tokenizer)
-    with tqdm(total=len(files), unit=" pictures", disable=len(files) <= args.batch_size, file=sys.stderr) as bar:
+    with tqdm(
+        total=len(files), unit=" pictures", disable=len(files) <= args.batch_size, file=sys.stderr
+    ) as bar:
         for batch, images, codes, columns in _reconstruct(tokenizer, files, size, args):
             totals.add(batch, images, codes, columns)
             bar.update(len(batch))
@@ -82,9 +86,15 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        found = (
+            sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if path.is_dir()
+            else [path]
+        )
         if not found:
-            raise FileNotFoundError(f"{path} holds no pictures (of {', '.join(SUFFIXES)}): pass another folder")
+            raise FileNotFoundError(
+                f"{path} holds no pictures (of {', '.join(SUFFIXES)}): pass another folder"
+            )
         files += found
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
@@ -118,7 +128,7 @@ def _size(text: str | None, tokenizer: QuantizedAutoencoder) -> tuple[int, int]:
 def _reconstruct(
     tokenizer: QuantizedAutoencoder, files: Sequence[Path], size: tuple[int, int], args: argparse.Namespace
 ) -> Iterator[tuple[Sequence[Path], Tensor, Tensor, list[Tensor]]]:
-    """Batches of files with their images, codes, and reconstructions: one, or one for each number of depths."""
+    """Batches: files, images, codes, and the reconstruction, or one for each number of depths."""
     import torch
 
     from mindalle.image import fit, open_image, to_tensor
@@ -161,7 +171,9 @@ class _Totals:
         counts = torch.stack([torch.bincount(row, minlength=self.codebook_size) for row in by_depth])
         self.counts = counts if self.counts is None else self.counts + counts
         rows = zip(*(to_pil(column) for column in (images, *columns)), strict=True)
-        self.cells += [cell for row in rows for cell in row][: SHEET_ROWS * (1 + len(columns)) - len(self.cells)]
+        self.cells += [cell for row in rows for cell in row][
+            : SHEET_ROWS * (1 + len(columns)) - len(self.cells)
+        ]
 
     def lines(self) -> list[str]:
         """The mean PSNR of each column; per depth how many codebook entries are used, and how evenly."""

@@ -152,12 +152,16 @@ class ResidualQuantizer(Quantizer):
             (B, C, h, w).
 
         Raises:
-            ValueError: if there are more codes per position than depths, or none.
+            ValueError: if there are more codes per position than depths, or none, or a code is beyond the
+                codebook of its depth.
         """
         if not 1 <= codes.shape[-1] <= self.config.depth:
             raise ValueError(
                 f"codes must have 1 to {self.config.depth} depths, "
                 f"got {codes.shape[-1]} in {tuple(codes.shape)}"
             )
+        for d, size in enumerate(self.config.codebook_sizes[: codes.shape[-1]]):
+            if size < self.codebook_size and int(codes[..., d].max()) >= size:
+                raise ValueError(f"codes of depth {d} must be in [0, {size}), got {int(codes[..., d].max())}")
         vectors = [F.embedding(codes[..., d], self.table(d)) for d in range(codes.shape[-1])]
         return rearrange(torch.stack(vectors, dim=-2).sum(dim=-2), "b h w c -> b c h w")
