@@ -16,6 +16,7 @@ from checkpoint_io.tensors import CheckpointError
 
 
 def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, as opposed to anything else that torch.save wrote."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())

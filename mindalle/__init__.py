@@ -18,7 +18,7 @@ _HOMES = {
     "SamplingParams": "stage2_transformer.sampling",
     "TextTokenizer": "mindalle.text",
 }
-__all__ = ["ClipReranker", "Generation", "Pipeline", "Preview", "SamplingParams", "TextTokenizer"]  # noqa: F822
+__all__ = ["ClipReranker", "Generation", "Pipeline", "Preview", "SamplingParams", "TextTokenizer"]
 
 
 def __getattr__(name: str) -> Any:

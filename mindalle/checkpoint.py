@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from checkpoint_io import (
     CheckpointError,
@@ -123,17 +125,21 @@ def sampling_defaults(part: CheckpointPart) -> SamplingDefaults:
         The defaults; plain ones where the config has none.
 
     Raises:
-        CheckpointError: for unknown keys or values out of range.
+        CheckpointError: for unknown keys, or values of another type or out of range.
     """
+    where = f"sampling section beside {part.file}"
+    found: Any = {}
     if part.layout == "rq-vae":
-        section = part.config.get("sampling") or (part.config.get("experiment") or {}).get("sample") or {}
-        section = {"temperature" if key == "temp" else key: value for key, value in section.items()}
-    else:
-        section = dict(part.config.get("sampling") or {}) if part.layout == "native" else {}
+        found = part.config.get("sampling") or (part.config.get("experiment") or {}).get("sample") or {}
+    elif part.layout == "native":
+        found = part.config.get("sampling") or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{where} must be a mapping, got {found!r}")
+    renamed = {"temp": "temperature"} if part.layout == "rq-vae" else {}
+    section = {renamed.get(key, str(key)): value for key, value in found.items()}
     num_candidates = section.pop("num_candidates", 1)
     known = [item.name for item in fields(SamplingParams)]
     unknown = sorted(set(section) - set(known))
-    where = f"sampling section beside {part.file}"
     if unknown:
         raise CheckpointError(f"unknown keys in {where}: {', '.join(unknown)}; known are {', '.join(known)}")
     try:
@@ -171,46 +177,69 @@ def save_checkpoint(
     card: str = "",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a native checkpoint; each file is written atomically, config.yaml last.
+    """Write a native checkpoint: all of it, or nothing if a file cannot be written.
 
     Args:
         directory: created if need be.
         image_tokenizer: stage 1.
         model: stage 2.
         text_tokenizer: of the model.
-        sampling: defaults to store.
+        sampling: defaults to store, of a checkpoint with a model.
         card: text of the model card, README.md.
         dtype: stored type of the weights (None = as they are); they are computed with in float32.
 
     Raises:
-        FileExistsError: if there is a checkpoint already.
+        FileExistsError: if one of the files is there already.
+        OSError: if a file cannot be written.
     """
     directory = Path(directory)
-    if (directory / "config.yaml").exists():
-        raise FileExistsError(f"{directory} holds a checkpoint already: choose another directory")
     config: dict[str, Any] = {"format": FORMAT, "image_tokenizer": _section(image_tokenizer, STAGE1)}
-    write_safetensors(directory / "image_tokenizer.safetensors", image_tokenizer.state_dict(), dtype=dtype)
+    writers: dict[str, Callable[[Path], None]] = {
+        "image_tokenizer.safetensors": _weights_writer(image_tokenizer, dtype)
+    }
     if model is not None:
-        write_safetensors(directory / "model.safetensors", model.state_dict(), dtype=dtype)
-        defaults = sampling or SamplingDefaults()
-        params = {name: value for name, value in asdict(defaults.params).items() if value is not None}
-        params = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
-        config |= {
-            "model": _section(model, STAGE2),
-            "sampling": params | {"num_candidates": defaults.num_candidates},
-        }
+        writers["model.safetensors"] = _weights_writer(model, dtype)
+        config |= {"model": _section(model, STAGE2), "sampling": _sampling_section(sampling)}
     if text_tokenizer is not None:
-        text_tokenizer.save(directory / "text_tokenizer.json")
+        writers["text_tokenizer.json"] = text_tokenizer.save
     if card:
-        _write_text(directory / "README.md", card)
-    from omegaconf import OmegaConf
+        writers["README.md"] = partial(_write_text, text=card)
+    # last: without it the other files are no checkpoint
+    writers["config.yaml"] = partial(_write_text, text=_to_yaml(config))
+    existing = [name for name in writers if (directory / name).exists()]
+    if existing:
+        raise FileExistsError(
+            f"{directory} holds a checkpoint already ({', '.join(existing)}): choose another directory"
+        )
+    try:
+        for name, write in writers.items():
+            write(directory / name)
+    except BaseException:  # the disk is full, the user interrupts
+        for name in writers:
+            (directory / name).unlink(missing_ok=True)
+        raise
 
-    _write_text(directory / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+
+def _weights_writer(model: nn.Module, dtype: torch.dtype | None) -> Callable[[Path], None]:
+    return lambda path: write_safetensors(path, model.state_dict(), dtype=dtype)
 
 
 def _section(model: Any, table: Mapping[str, tuple[type[Any], type[Any]]]) -> dict[str, Any]:
     kind = next(name for name, (cls, _) in table.items() if type(model) is cls)
     return {"type": kind, **config_to_mapping(model.config)}
+
+
+def _sampling_section(sampling: SamplingDefaults | None) -> dict[str, Any]:
+    """What `sampling_defaults` reads; settings that are off are left out."""
+    defaults = sampling or SamplingDefaults()
+    params = {name: value for name, value in config_to_mapping(defaults.params).items() if value is not None}
+    return params | {"num_candidates": defaults.num_candidates}
+
+
+def _to_yaml(config: Mapping[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
 
 
 def _write_text(path: Path, text: str) -> None:

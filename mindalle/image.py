@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 ROUNDING = 1e-4
-"""Of a byte, added before truncating: one that was a float32 in [-1, 1] is off by up to 2e-5 and must not fall."""
+"""Of a byte, added before truncating: what was a byte and then a float32 in [-1, 1] is off by up to 2e-5."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -34,11 +34,11 @@ def open_image(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # Pillow refuses twice as many pixels
-            return on_white(image)
+        with warnings.catch_warnings():
+            # Pillow refuses twice as many pixels
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return on_white(image)
     except UnidentifiedImageError as error:
         raise ValueError(
             f"{path} is not an image of a known format: expected PNG, JPEG, WebP, ..."

@@ -174,7 +174,7 @@ class Pipeline:
                 if on_step is not None:
                     on_step(last)
             assert last is not None
-            batches.append(last.codes.clone())
+            batches.append(last.codes)
         return self.choose(torch.cat(batches), prompt, num_images, batch_size=batch_size)
 
     def count_candidates(
@@ -254,7 +254,8 @@ class Pipeline:
             yield Preview(
                 num_done=num_done,
                 num_codes=codes.shape[1],
-                codes=codes.view(len(seeds), *model.code_shape),  # (B, T) -> (B, *code_shape)
+                # a copy: the loop goes on writing to its own. (B, T) -> (B, *code_shape)
+                codes=codes.clone().view(len(seeds), *model.code_shape),
                 image_tokenizer=self.image_tokenizer,
             )
 

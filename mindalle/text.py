@@ -1,4 +1,4 @@
-"""Text <-> ids: the BPE tokenizer of a model, from the native file, the originals' files, or trained on captions."""
+"""Text -> ids: the BPE tokenizer of a model, native, from the originals' files, or trained on captions."""
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, *, length: int, vocab_size: int | None = None) -> None:
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        if tokenizer.token_to_id(PAD) != 0 or tokenizer.token_to_id(UNKNOWN) is None:
+        pad_id, unknown_id = tokenizer.token_to_id(PAD), tokenizer.token_to_id(UNKNOWN)
+        if pad_id != 0 or unknown_id is None:
             raise CheckpointError(
-                f"a text tokenizer needs {PAD} = 0 and {UNKNOWN}, got {tokenizer.token_to_id(PAD)} and "
-                f"{tokenizer.token_to_id(UNKNOWN)}: is this the tokenizer of the model?"
+                f"a text tokenizer needs {PAD} = 0 and {UNKNOWN}, got {pad_id} and {unknown_id}: "
+                "is this the tokenizer of the model?"
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
         self.length = length
-        self.unknown_id: int = tokenizer.token_to_id(UNKNOWN)
+        self.unknown_id = unknown_id
         self.vocab_size = tokenizer.get_vocab_size() if vocab_size is None else vocab_size
         if self.unknown_id >= self.vocab_size:
             raise CheckpointError(
@@ -72,7 +73,7 @@ class TextTokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, *, length: int, vocab_size: int | None = None) -> TextTokenizer:
-        """Read a tokenizer: a native `text_tokenizer.json`, or a directory with the originals' two BPE-16k files.
+        """Read a tokenizer: a native `text_tokenizer.json`, or a directory with the originals' BPE-16k files.
 
         Args:
             path: file or directory.
@@ -99,12 +100,12 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], *, vocab_size: int, length: int) -> TextTokenizer:
-        """Train a BPE tokenizer, lower case, of the same kind as the originals'; the same texts give the same one.
+        """Train a BPE tokenizer, lower case, of the originals' kind; the same texts give the same one.
 
         Args:
             texts: to count pairs in.
-            vocab_size: of the tokenizer, special tokens included, >= 4; fewer if the texts do not have as many.
-                Characters beyond it are read as [UNK], the rarest first.
+            vocab_size: of the tokenizer, special tokens included, >= 4; it gets fewer from few texts. If
+                there are too many characters for it, the rarest are read as [UNK].
             length: N, ids per text.
 
         Returns:
@@ -114,11 +115,13 @@ class TextTokenizer:
             ValueError: if `vocab_size` is out of range.
         """
         if vocab_size < 4:
-            raise ValueError(f"vocab_size must be at least 4 ({PAD}, {UNKNOWN} and a character), got {vocab_size}")
+            raise ValueError(
+                f"vocab_size must be at least 4 ({PAD}, {UNKNOWN} and a character), got {vocab_size}"
+            )
         tokenizer = _char_bpe(BPE(unk_token=UNKNOWN, end_of_word_suffix=WORD_END))
         texts = list(texts)
         alphabet, finals = _alphabet(tokenizer, texts, limit=(vocab_size - 2) // 2)
-        # the trainer numbers what it meets in an order that changes from run to run: here all is known in advance
+        # what is not listed here the trainer numbers in an order that changes from run to run
         trainer = BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[PAD, UNKNOWN, *(character + WORD_END for character in finals)],
@@ -138,11 +141,12 @@ class TextTokenizer:
         with atomic_path(path) as temporary:
             self.tokenizer.save(str(temporary))
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str], *, warns_of_loss: bool = True) -> Tensor:
         """Encode texts; a text that is too long is cut with a warning that names the lost words.
 
         Args:
             texts: B strings; "" is the null condition.
+            warns_of_loss: False = cut silently, for captions in training.
 
         Returns:
             int64 (B, N), padded with 0.
@@ -158,7 +162,7 @@ class TextTokenizer:
         ):
             kept = [i if i < self.vocab_size else self.unknown_id for i in encoding.ids[: self.length]]
             ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
-            if len(encoding.ids) > self.length:
+            if warns_of_loss and len(encoding.ids) > self.length:
                 logger.warning(
                     "the prompt has %d tokens, the model reads %d; these words are lost: %s",
                     len(encoding.ids),
@@ -193,7 +197,9 @@ def _char_bpe(model: BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = NormalizerSequence([BertNormalizer(lowercase=False), Lowercase()])
     tokenizer.pre_tokenizer = BertPreTokenizer()
-    tokenizer.add_special_tokens([UNKNOWN])  # a word of its own in a text, as in Hugging Face's CharBPETokenizer
+    tokenizer.add_special_tokens(
+        [UNKNOWN]
+    )  # a word of its own in a text, as in Hugging Face's CharBPETokenizer
     return tokenizer
 
 

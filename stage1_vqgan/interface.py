@@ -11,12 +11,20 @@ from torch import Tensor
 class ImageTokenizer(Protocol):
     """Pixels <-> codes."""
 
-    codebook_size: int
-    """V: codes are in [0, V)."""
-    code_shape: tuple[int, ...]
-    """(h, w) for vector quantisation, (h, w, D) for residual quantisation, at the training resolution."""
-    downsampling: int
-    """Pixels per code along each side: image sides are multiples of it."""
+    @property
+    def codebook_size(self) -> int:
+        """V: codes are in [0, V)."""
+        ...
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """(h, w) or, for residual quantisation, (h, w, D), at the training resolution."""
+        ...
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along each side: image sides are multiples of it."""
+        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """Compress images to codes.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from checkpoint_io import config_from_mapping, config_to_mapping
 from stage1_vqgan.quantize import QuantizerOutput
 from stage1_vqgan.vqgan import VQGAN, VQGANConfig
 
@@ -22,12 +23,15 @@ class VQGANTraining(pl.LightningModule):
     Batches are mappings with `images` (B, 3, H, W) in [-1, 1].
 
     Args:
-        config: of the model.
+        config: of the model; from a checkpoint it comes as a mapping.
         learning_rate: of Adam at its peak, per step, > 0.
-        warmup_steps: steps of linear warm-up before the cosine to zero.
+        warmup_steps: steps of linear warm-up before the cosine to zero, >= 0.
         restart_every: every so many steps, entries of the codebook that no latent chose since the last time
-            move to random latents of the batch (the first step gives all of them their start).
+            move to random latents of the batch (the first step gives all of them their start), >= 1.
         restart_until: share of the training after which no entry moves any more, in [0, 1].
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -39,12 +43,23 @@ class VQGANTraining(pl.LightningModule):
         restart_until: float = 0.9,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        if learning_rate <= 0 or warmup_steps < 0 or restart_every < 1 or not 0 <= restart_until <= 1:
+            raise ValueError(
+                "learning_rate must be positive, warmup_steps at least 0, restart_every at least 1 and "
+                f"restart_until in [0, 1], got {learning_rate}, {warmup_steps}, {restart_every} and "
+                f"{restart_until}"
+            )
+        if isinstance(config, Mapping):
+            config = config_from_mapping(VQGANConfig, config, where="hyper_parameters.config")
+        self.save_hyperparameters(ignore="config")
+        # plain values: torch refuses to resume from a file with objects in it
+        self.save_hyperparameters({"config": config_to_mapping(config)})
         self.model = VQGAN(config)
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.restart_every = restart_every
         self.restart_until = restart_until
+        self.last_restart = -1  # step of it: with accumulated gradients a step has several batches
         # (V,) how often each entry was chosen since the last restart
         self.register_buffer("usage", torch.zeros(config.quantizer.codebook_size, dtype=torch.int64))
         self.usage: Tensor
@@ -52,7 +67,8 @@ class VQGANTraining(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch: reconstruct, count codes, move dead entries; returns the loss."""
         images = batch["images"]
-        if self.global_step % self.restart_every == 0 and self._progress() <= self.restart_until:
+        is_due = self.global_step % self.restart_every == 0 and self.global_step != self.last_restart
+        if is_due and self._progress() <= self.restart_until:
             self._restart_dead_codes(images)
         reconstructions, quantized = self.model(images)
         self.usage += torch.bincount(quantized.codes.flatten(), minlength=self.usage.numel())
@@ -90,16 +106,30 @@ class VQGANTraining(pl.LightningModule):
         picks = torch.randint(len(latents), (len(dead),), device=latents.device)
         self.model.quantizer.codebook[dead] = latents[picks]
         self.usage.zero_()
+        self.last_restart = self.global_step
         self.log("train/restarted", float(len(dead)))
 
     def _progress(self) -> float:
         """Share of the training that is done."""
-        return self.global_step / max(1, int(self.trainer.estimated_stepping_batches))
+        return self.global_step / self._total_steps()
+
+    def _total_steps(self) -> int:
+        """Steps of the training; image shards do not tell how many batches an epoch has."""
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                "the learning rate falls to zero at the last step: say which with trainer.max_steps"
+            )
+        return int(steps)
 
     def configure_optimizers(self) -> Any:
-        """Adam, linear warm-up and cosine to zero."""
+        """Adam, linear warm-up and cosine to zero.
+
+        Raises:
+            ValueError: if the training has no end.
+        """
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.learning_rate, betas=(0.5, 0.9))
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self._total_steps()
 
         def factor(step: int) -> float:
             if step < self.warmup_steps:

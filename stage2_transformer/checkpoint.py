@@ -194,7 +194,7 @@ def mindalle_config(yaml: Mapping[str, Any], code_shape: tuple[int, ...]) -> GPT
         CheckpointError: if the number of codes is not that of the tokenizer.
     """
     stage2 = yaml["stage2"]
-    hparams = stage2["hparams"]
+    hparams = stage2.get("hparams") or {}
     num_codes = hparams.get("ctx_len_img", 256)
     if num_codes != math.prod(code_shape):
         raise CheckpointError(
@@ -266,11 +266,12 @@ def rq_config(yaml: Mapping[str, Any]) -> RQTransformerConfig:
 
 def _rq_stack(arch: Mapping[str, Any], name: str) -> TransformerConfig:
     block = arch[name]["block"]
+    gelu = block.get("gelu", "v1")
     return TransformerConfig(
         width=block.get("embed_dim", arch["embed_dim"]),
         num_layers=arch[name]["n_layer"],
         num_heads=block["n_head"],
-        activation=ACTIVATIONS[block.get("gelu", "v1")],
+        activation=ACTIVATIONS.get(gelu, gelu),
         has_attention_bias=block.get("attn_bias", True),
         has_mlp_bias=block.get("mlp_bias", True),
         residual_dropout=block.get("resid_pdrop", 0.1),

@@ -160,7 +160,7 @@ class RQTransformer(nn.Module):
 
     Args:
         config: shape of the model.
-        codebook: (D, V, C'), the image tokenizer's; used only where codes enter as its vectors, never trained.
+        codebook: (D, V, C'), the image tokenizer's; read where codes enter as its vectors, never trained.
     """
 
     def __init__(self, config: RQTransformerConfig, codebook: Tensor | None = None) -> None:

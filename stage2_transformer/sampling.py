@@ -38,7 +38,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether always the most likely code is taken; divided by less than 1e-30, logits overflow float32."""
+        """Whether the most likely code is taken; divided by less than 1e-30, logits may overflow float32."""
         return self.temperature < 1e-30
 
     def top_k_at(self, depth: int) -> int | None:
@@ -124,8 +124,8 @@ def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -
     kept, indices = logits.topk(size, dim=-1)  # sorted, most likely first
     probabilities = torch.softmax(kept, dim=-1)
     if top_p is not None:
-        # a code goes if those before it reach p; their sum is taken as it is, so that rounding decides as in the
-        # originals where it meets p
+        # a code goes if those before it reach p; not cumsum - probabilities: where sums meet p, rounding must
+        # decide as in the originals
         is_reached = probabilities.cumsum(dim=-1) >= top_p
         probabilities[:, 1:].masked_fill_(is_reached[:, :-1], 0.0)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint_io import config_from_mapping, config_to_mapping
 from stage2_transformer.gpt import GPT, GPTConfig
 
 
@@ -19,13 +20,16 @@ class GPTTraining(pl.LightningModule):
     Batches have `codes` int64 (B, *code_shape) and `cond`: text ids (B, N), labels (B,), or absent.
 
     Args:
-        config: of the model.
+        config: of the model; from a checkpoint it comes as a mapping.
         learning_rate: of AdamW at its peak, per step, > 0.
         weight_decay: decoupled, on matrices only, >= 0.
         warmup_share: share of the training for linear warm-up before the cosine to zero, in (0, 1).
         text_weight: of the text's cross-entropy against the codes', >= 0.
         null_probability: chance that a sample's condition is replaced by the null condition, for guidance, in
             [0, 1].
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -38,7 +42,18 @@ class GPTTraining(pl.LightningModule):
         null_probability: float = 0.1,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        if learning_rate <= 0 or weight_decay < 0 or not 0 < warmup_share < 1 or text_weight < 0:
+            raise ValueError(
+                "learning_rate must be positive, weight_decay and text_weight at least 0 and warmup_share in "
+                f"(0, 1), got {learning_rate}, {weight_decay}, {text_weight} and {warmup_share}"
+            )
+        if not 0 <= null_probability <= 1:
+            raise ValueError(f"null_probability must be in [0, 1], got {null_probability}")
+        if isinstance(config, Mapping):
+            config = config_from_mapping(GPTConfig, config, where="hyper_parameters.config")
+        self.save_hyperparameters(ignore="config")
+        # plain values: torch refuses to resume from a file with objects in it
+        self.save_hyperparameters({"config": config_to_mapping(config)})
         self.model = GPT(config)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay

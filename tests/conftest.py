@@ -63,7 +63,7 @@ def tiny_vqgan() -> VQGAN:
     quantizer = VectorQuantizerConfig(codebook_size=24, width=8)
     with _seeded(0):
         model = VQGAN(VQGANConfig(convnet=CONVNET, quantizer=quantizer)).eval()
-        _spread(model.quantizer.codebook, _latents(model))
+        _spread(model.quantizer.codebook.detach(), _latents(model))
     return model
 
 
@@ -73,10 +73,10 @@ def tiny_rqvae() -> RQVAE:
     quantizer = ResidualQuantizerConfig(codebook_sizes=(24, 24, 24), width=8)
     with _seeded(0):
         model = RQVAE(RQVAEConfig(convnet=CONVNET, quantizer=quantizer, latent_width=8)).eval()
-        vectors = _latents(model)
+        vectors, table = _latents(model), model.quantizer.tables[0].detach()
         # half of the entries look like latents, half like what a first code leaves over
-        _spread(model.quantizer.tables[0][:12], vectors)
-        _spread(model.quantizer.tables[0][12:], 0.5 * (vectors - vectors.roll(1, dims=0)))
+        _spread(table[:12], vectors)
+        _spread(table[12:], 0.5 * (vectors - vectors.roll(1, dims=0)))
     return model
 
 
@@ -139,7 +139,7 @@ def _latents(model: QuantizedAutoencoder) -> Tensor:
 
 @torch.no_grad()
 def _spread(table: Tensor, vectors: Tensor) -> None:
-    """Make the entries of a codebook like the latents they are to stand for: else all pictures get one code."""
+    """Make a codebook's entries like the latents they are to stand for: else all pictures get one code."""
     table.copy_(vectors[torch.randperm(len(vectors))[: len(table)]])
 
 

@@ -4,4 +4,4 @@
 from mindalle.cli.train import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

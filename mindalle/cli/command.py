@@ -58,7 +58,7 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
         0 for success; 2 for bad usage: options that are wrong, contradict each other, or that the model
         cannot take; 1 for failures: files, network, memory; 130 when interrupted.
     """
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options may stand between files
     _log_to_stderr(parser.prog)
     try:
         with warnings.catch_warnings():
@@ -111,16 +111,20 @@ def describe(error: Exception) -> str:
 def with_option_names(message: str) -> str:
     """A message about SamplingParams in the words of the command line: --top-k, not top_k."""
     names = r"\b(temperature|top_k|top_p|cfg_scale)\b"
-    return re.sub(names, lambda match: f"--{match[0].replace('_', '-')}", message, count=1)
+    message = re.sub(names, lambda match: f"--{match[0].replace('_', '-')}", message, count=1)
+    return re.sub(r"\bNone\b", "leaving it out", message)
 
 
 def say(line: object, *, is_note: bool = False) -> None:
     """Print a line, above the progress bar if there is one: results to stdout, notes to stderr."""
-    from tqdm import tqdm  # lazy: --help is quick
-
     file = sys.stderr if is_note else sys.stdout
-    tqdm.write(str(line), file=file)
-    file.flush()
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # lazy: --help is quick
+
+        tqdm.write(str(line), file=file)
+        file.flush()
+    else:  # in a log the bar is a line of its own
+        print(line, file=file, flush=True)
 
 
 class _Handler(logging.Handler):

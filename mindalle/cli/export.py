@@ -54,12 +54,15 @@ def export_checkpoint(args: argparse.Namespace) -> None:
     """Load the runs' weights and save them as native."""
     if args.text_tokenizer is not None and args.model is None:
         raise UsageError("--text-tokenizer is of a model: pass --model too")
+    if args.card is not None and not args.card.is_file():
+        raise FileNotFoundError(f"no model card at {args.card}")
     check_writable(args.destination, "DST")
     from mindalle.checkpoint import SamplingDefaults, save_checkpoint
     from mindalle.pipeline import PRECISIONS
     from mindalle.text import TextTokenizer
     from stage1_vqgan import VQGAN, VQGANConfig, load_tokenizer
     from stage2_transformer import GPT, GPTConfig, SamplingParams
+    from stage2_transformer.checkpoint import check_fit
 
     try:
         params = SamplingParams(
@@ -73,11 +76,20 @@ def export_checkpoint(args: argparse.Namespace) -> None:
         image_tokenizer = _from_run(args.image_tokenizer, VQGAN, VQGANConfig)
     model = _from_run(args.model, GPT, GPTConfig) if args.model else None
     text_tokenizer = None
-    if args.text_tokenizer and model is not None:
-        condition = model.config.condition
-        text_tokenizer = TextTokenizer.from_file(
-            args.text_tokenizer, length=condition.length, vocab_size=condition.vocab_size
+    if model is not None:
+        check_fit(
+            model.config, image_tokenizer.code_shape, image_tokenizer.codebook(), source=str(args.model)
         )
+        condition = model.config.condition
+        if (condition.kind == "text") != (args.text_tokenizer is not None):
+            raise UsageError(
+                "--text-tokenizer goes with a model that reads text: "
+                f"{args.model} has the condition {condition.kind!r}"
+            )
+        if args.text_tokenizer is not None:
+            text_tokenizer = TextTokenizer.from_file(
+                args.text_tokenizer, length=condition.length, vocab_size=condition.vocab_size
+            )
     save_checkpoint(
         args.destination,
         image_tokenizer=image_tokenizer,
@@ -98,9 +110,12 @@ def _from_run(path: Path, cls: type[Any], config_cls: type[Any]) -> Any:
 
     content = read_tensors(path)
     hyper_parameters = content.get("hyper_parameters")
-    if not isinstance(hyper_parameters, Mapping) or "config" not in hyper_parameters:
-        raise CheckpointError(f"{path} is no checkpoint of a training run: it has no hyper_parameters.config")
-    config = config_from_mapping(config_cls, hyper_parameters["config"], where=f"hyper-parameters of {path}")
+    config = hyper_parameters.get("config") if isinstance(hyper_parameters, Mapping) else None
+    if not isinstance(config, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        raise CheckpointError(
+            f"{path} is no checkpoint of a training run: it needs a state_dict and hyper_parameters.config"
+        )
+    config = config_from_mapping(config_cls, config, where=f"hyper-parameters of {path}")
     with torch.device("meta"):
         model = cls(config)
     weights = {

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 LOG_SECONDS = 15.0  # between two states of the bar where it is no terminal that shows them
 
 
+class _Log:
+    """Standard error that is no terminal: each state of the bar is a line, nothing is written over."""
+
+    encoding = sys.stderr.encoding
+
+    def write(self, text: str) -> None:
+        """Write what is visible of it."""
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
 class Progress:
     """One bar over all prompts; and the codes of each whole batch, for who interrupts.
 
@@ -27,9 +41,13 @@ class Progress:
     """
 
     def __init__(self, num_codes: int) -> None:
-        interval = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+        is_seen = sys.stderr.isatty()
         self.bar = tqdm(
-            total=num_codes, unit=" codes", mininterval=interval, maxinterval=interval, file=sys.stderr
+            total=num_codes,
+            unit=" codes",
+            mininterval=0.1 if is_seen else LOG_SECONDS,
+            maxinterval=max(10.0, LOG_SECONDS),
+            file=sys.stderr if is_seen else _Log(),
         )
         self.finished: list[Tensor] = []  # (B, *code_shape) of each whole batch of the prompt
         self._preview: Path | None = None

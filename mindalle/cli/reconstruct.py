@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +53,6 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
     files = _image_files(args.images)
     out = _sheet_path(args.out)
     check_device(args.device)
-    from tqdm import tqdm
-
     from mindalle.cli.output import free_stem, save_png
     from mindalle.hub import resolve_model
     from mindalle.image import contact_sheet
@@ -68,12 +65,8 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
             "--depths is for residual codes (RQ-VAE), and this tokenizer has one code per position"
         )
     totals = _Totals(tokenizer)
-    with tqdm(
-        total=len(files), unit=" pictures", disable=len(files) <= args.batch_size, file=sys.stderr
-    ) as bar:
-        for batch, images, codes, columns in _reconstruct(tokenizer, files, size, args):
-            totals.add(batch, images, codes, columns)
-            bar.update(len(batch))
+    for batch in _reconstruct(tokenizer, files, size, args):
+        totals.add(*batch)
     for line in totals.lines():
         say(line)
     if len(files) > SHEET_ROWS:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from checkpoint_io import CheckpointError, atomic_path
+from checkpoint_io import CheckpointError
 from stage1_vqgan import ImageTokenizer
 
-logger = logging.getLogger(__name__)
+FORMAT = "mindalle-codes-1"
 ROWS_PER_FILE = 8192
 
 
@@ -47,7 +48,7 @@ def write_code_cache(
         samples: mappings with `images` (3, H, W) in [-1, 1] and `captions`, a list of strings.
         tokenizer: V at most 65536, since codes are stored as uint16.
         tokenizer_hash: identifies the tokenizer in the header.
-        batch_size: images encoded at once.
+        batch_size: images encoded at once, >= 1.
 
     Raises:
         FileExistsError: if the directory exists.
@@ -61,33 +62,48 @@ def write_code_cache(
             f"codes are stored as uint16, so V must be at most 65536, got {tokenizer.codebook_size}"
         )
     building = directory.with_name(directory.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
     building.mkdir(parents=True)
+    try:
+        count = _encode(building, samples, tokenizer, batch_size)
+        if not count:
+            raise ValueError(f"no samples to encode into {directory}: are the shards readable?")
+        header = {
+            "format": FORMAT,
+            "tokenizer": tokenizer_hash,
+            "codebook_size": tokenizer.codebook_size,
+            "code_shape": list(tokenizer.code_shape),
+            "count": count,
+        }
+        (building / "header.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+        building.rename(directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _encode(
+    directory: Path, samples: Iterable[Mapping[str, Any]], tokenizer: ImageTokenizer, batch_size: int
+) -> int:
+    """Write the files of codes and the captions; returns how many samples there were."""
     count = 0
     pending: list[Tensor] = []
-    with (building / "captions.jsonl").open("w", encoding="utf-8") as captions:
-        loader = DataLoader(samples, batch_size=batch_size, collate_fn=list)  # type: ignore[arg-type]
-        for batch in tqdm(loader, desc="encoding", unit="batch"):
+    with (directory / "captions.jsonl").open("w", encoding="utf-8") as captions:
+        for batch in tqdm(_batches(samples, batch_size), desc="encoding", unit="batch"):
             with torch.inference_mode():
-                pending.append(tokenizer.encode(torch.stack([sample["images"] for sample in batch])))
-            captions.writelines(json.dumps(sample["captions"], ensure_ascii=False) + "\n" for sample in batch)
+                pending.append(tokenizer.encode(torch.stack([sample["images"] for sample in batch])).cpu())
+            captions.writelines(json.dumps(sample["captions"]) + "\n" for sample in batch)
             count += len(batch)
             if sum(map(len, pending)) >= ROWS_PER_FILE:
-                _write_rows(building, pending)
+                _write_rows(directory, pending)
     if pending:
-        _write_rows(building, pending)
-    if not count:
-        raise ValueError(f"no samples to encode into {directory}")
-    header = {
-        "format": "mindalle-codes-1",
-        "tokenizer": tokenizer_hash,
-        "codebook_size": tokenizer.codebook_size,
-        "code_shape": list(tokenizer.code_shape),
-        "count": count,
-    }
-    with atomic_path(building / "header.json") as temporary:
-        temporary.write_text(json.dumps(header, indent=1), encoding="utf-8")
-    building.rename(directory)
+        _write_rows(directory, pending)
+    return count
+
+
+def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(samples)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def _write_rows(directory: Path, pending: list[Tensor]) -> None:
@@ -111,22 +127,22 @@ class CodeCache(Dataset[dict[str, Any]]):
     def __init__(self, directory: str | Path, *, tokenizer_hash: str) -> None:
         directory = Path(directory)
         if not (directory / "header.json").is_file():
-            raise FileNotFoundError(f"no code cache at {directory}")
-        header = json.loads((directory / "header.json").read_text(encoding="utf-8"))
-        if header.get("tokenizer") != tokenizer_hash:
+            raise FileNotFoundError(f"no code cache at {directory}: it has no header.json")
+        try:
+            header = json.loads((directory / "header.json").read_text(encoding="utf-8"))
+            _check_header(header, tokenizer_hash)
+            self.codes = _read_rows(directory, header)
+            self.captions = _read_captions(directory)
+            if not header["count"] == len(self.codes) == len(self.captions):
+                raise ValueError(
+                    f"{header['count']} images in the header, {len(self.codes)} rows of codes, "
+                    f"{len(self.captions)} of captions"
+                )
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(
-                f"{directory} was encoded by another image tokenizer (SHA-256 {str(header.get('tokenizer'))[:12]}..., "
-                f"expected {tokenizer_hash[:12]}...): remove it to encode again"
-            )
-        files = sorted(directory.glob("codes-*.npy"))
-        self.codes = np.concatenate([np.load(file, allow_pickle=False) for file in files])
-        lines = (directory / "captions.jsonl").read_text(encoding="utf-8").splitlines()
-        self.captions: list[list[str]] = [json.loads(line) for line in lines]
-        if len(self.codes) != header["count"] or len(lines) != header["count"]:
-            raise CheckpointError(
-                f"{directory} is damaged: {header['count']} images in the header, {len(self.codes)} rows of codes, "
-                f"{len(lines)} of captions; remove it to encode again"
-            )
+                f"the code cache {directory} is not usable: {reason}; remove it to encode again"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -137,3 +153,35 @@ class CodeCache(Dataset[dict[str, Any]]):
             "codes": torch.from_numpy(self.codes[index].astype(np.int64)),
             "captions": self.captions[index],
         }
+
+
+def _check_header(header: Mapping[str, Any], tokenizer_hash: str) -> None:
+    if header["format"] != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, got {header['format']!r}")
+    if header["tokenizer"] != tokenizer_hash:
+        raise ValueError(
+            f"it was encoded by another image tokenizer (SHA-256 {str(header['tokenizer'])[:12]}..., "
+            f"expected {tokenizer_hash[:12]}...)"
+        )
+
+
+def _read_rows(directory: Path, header: Mapping[str, Any]) -> NDArray[np.uint16]:
+    """All codes (count, *code_shape)."""
+    files = sorted(directory.glob("codes-*.npy"))
+    if not files:
+        raise ValueError("it has no codes-*.npy")
+    codes: NDArray[np.uint16] = np.concatenate([np.load(file, allow_pickle=False) for file in files])
+    if list(codes.shape[1:]) != header["code_shape"] or codes.dtype != np.uint16:
+        raise ValueError(
+            f"expected uint16 codes of shape {header['code_shape']}, "
+            f"got {codes.dtype} {list(codes.shape[1:])}"
+        )
+    if int(codes.max()) >= header["codebook_size"]:
+        raise ValueError(f"codes must be in [0, {header['codebook_size']}), got {codes.max()}")
+    return codes
+
+
+def _read_captions(directory: Path) -> list[list[str]]:
+    # not splitlines(), which also splits at separators that may stand inside a caption, such as U+2028
+    lines = (directory / "captions.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

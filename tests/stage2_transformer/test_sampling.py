@@ -82,7 +82,9 @@ def test_top_k_per_depth() -> None:
     params = SamplingParams(top_k=(1, 4, 2))
     for depth, k in enumerate((1, 4, 2)):
         assert (code_probabilities(draw_logits(3, 10), params, depth) > 0).sum(dim=-1).tolist() == [k] * 3
-        codes = sample_many(draw_logits(1, 10)[0], params, torch.linspace(0, ALMOST_ONE, 50, dtype=torch.float64), depth)
+        codes = sample_many(
+            draw_logits(1, 10)[0], params, torch.linspace(0, ALMOST_ONE, 50, dtype=torch.float64), depth
+        )
         assert codes.unique().numel() == k
     assert SamplingParams(top_k=[1, 4, 2]) == params  # as YAML has it
 
@@ -160,7 +162,7 @@ def test_no_code_of_probability_zero_is_ever_drawn() -> None:
 @pytest.mark.parametrize("row", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
 def test_logits_that_are_not_finite_are_refused(row: list[float], temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0], row])
-    with pytest.raises(FloatingPointError, match="logits are not finite: .* try fp32, otherwise check"):
+    with pytest.raises(FloatingPointError, match=r"logits are not finite: .* try fp32, otherwise check"):
         sample_next(logits, SamplingParams(temperature=temperature), torch.zeros(2).double())
 
 

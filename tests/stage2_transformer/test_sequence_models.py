@@ -8,8 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sequence_models import CONDITIONAL, MODELS, SIX, Config, Model, blocks, build, draw_codebook
-from sequence_models import code_sizes, draw_codes, draw_cond, flat_logits, gpt, rq
+from sequence_models import (
+    CONDITIONAL,
+    MODELS,
+    SIX,
+    Config,
+    Model,
+    blocks,
+    build,
+    code_sizes,
+    draw_codes,
+    draw_cond,
+    flat_logits,
+    gpt,
+    rq,
+)
 from torch import Tensor
 
 from stage2_transformer import STAGE2, ConditionConfig, GPTConfig, RQTransformer, SequenceModel
@@ -250,7 +263,7 @@ def test_no_guidance_without_a_condition(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt_text", "rq_class"])
 def test_no_guidance_of_a_condition_that_is_missing(name: str) -> None:
     """It used to say that the model was unconditional, which it is not."""
-    with pytest.raises(ValueError, match="this model needs a (text|class) condition, got None"):
+    with pytest.raises(ValueError, match=r"this model needs a (text|class) condition, got None"):
         build(name).null_condition(None)
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pytest
 import torch
+from cli_results import Command, Result, brightness
 from oracle.make import make_mindalle, make_mindalle_finetuned, make_rq, make_taming
 from PIL import Image
 from torch import Tensor
@@ -20,23 +19,6 @@ from mindalle.rerank import ClipReranker
 from mindalle.text import TextTokenizer
 
 CAPTIONS = ["a red apple", "a green apple", "a red car", "a green car on a road", "two red cars"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command did."""
-
-    code: int
-    out: list[str]  # lines
-    err: list[str]
-
-    @property
-    def paths(self) -> list[Path]:
-        """The pictures it names, one a line: "PATH" or "PATH  score 0.123"."""
-        return [Path(line.split("  ")[0]) for line in self.out if ".png" in line]
-
-
-Command: TypeAlias = Callable[..., Result]
 
 
 @pytest.fixture
@@ -70,7 +52,7 @@ def generate(mindalle: Command, text_model: Path, tmp_path: Path) -> Command:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16x16 pixels, codes (4, 4) or (4, 4, 3), V = 24; text models read 6 ids, class models know 10 classes."""
+    """16x16 pixels, codes (4, 4) or (4, 4, 3), V = 24; texts of 6 ids, or 10 classes."""
     root = tmp_path_factory.mktemp("checkpoints")
     for name in ("mindalle", "rq-text"):
         (root / name).mkdir()
@@ -109,21 +91,3 @@ def photo(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
-
-
-def brightness(image: Image.Image) -> float:
-    """In [0, 1]."""
-    return float(np.asarray(image).mean() / 255)
-
-
-def pixels(path: Path) -> bytes:
-    """What can be seen of a picture."""
-    with Image.open(path) as image:
-        return image.tobytes()
-
-
-def texts(path: Path) -> dict[str, str]:
-    """The PNG's text chunks."""
-    with Image.open(path) as image:
-        image.load()
-        return dict(image.text)  # type: ignore[attr-defined]

@@ -1,0 +1,192 @@
+"""Which files of a checkpoint hold what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_io import CheckpointError, CheckpointPart, find_parts
+
+RQ = "arch: {type: rq-vae}\n"
+RQ_MODEL = "arch: {type: rq-transformer}\n"
+MINDALLE = "stage1: {hparams: {ch: 128}}\nstage2: {hparams: {}}\n"
+TAMING = "model: {target: taming.models.vqgan.VQModel, params: {n_embed: 8}}\n"
+NET2NET = "model: {params: {first_stage_config: {params: {n_embed: 8}}}}\n"
+NATIVE = "format: mindalle-1\nimage_tokenizer: {type: vqgan}\nmodel: {type: gpt}\n"
+
+LAYOUTS: dict[str, tuple[dict[str, str], str, dict[str, tuple[str, str]]]] = {
+    # files with their texts; the layout; part -> its file and the prefix of its tensors
+    "native": (
+        {"config.yaml": NATIVE, "image_tokenizer.safetensors": "", "model.safetensors": "", "README.md": ""},
+        "native",
+        {"image_tokenizer": ("image_tokenizer.safetensors", ""), "model": ("model.safetensors", "")},
+    ),
+    "native tokenizer": (
+        {"config.yaml": "image_tokenizer: {}\n", "image_tokenizer.safetensors": "", "clip.safetensors": ""},
+        "native",
+        {"image_tokenizer": ("image_tokenizer.safetensors", "")},
+    ),
+    "minDALL-E": (
+        {"config.yaml": MINDALLE, "stage1_last.ckpt": "", "stage2_last.ckpt": "", "tokenizer/vocab.json": ""},
+        "minDALL-E",
+        {"image_tokenizer": ("stage1_last.ckpt", ""), "model": ("stage2_last.ckpt", "")},
+    ),
+    "minDALL-E fine-tuned": (
+        {"config.yaml": MINDALLE, "last.ckpt": "", "imagenet-clscond-gen-03.ckpt": ""},
+        "minDALL-E fine-tuned",
+        {"image_tokenizer": ("last.ckpt", "stage1."), "model": ("last.ckpt", "stage2.")},
+    ),
+    "rq-vae": (
+        {
+            "stage1/config.yaml": RQ,
+            "stage1/model.pt": "",
+            "stage2/config.yaml": RQ_MODEL,
+            "stage2/model.pt": "",
+        },
+        "rq-vae",
+        {"image_tokenizer": ("stage1/model.pt", ""), "model": ("stage2/model.pt", "")},
+    ),
+    "rq-vae stage 1": (
+        {"config.yaml": RQ, "model.pt": ""},
+        "rq-vae",
+        {"image_tokenizer": ("model.pt", "")},
+    ),
+    "rq-vae stage 2": (
+        {"config.yaml": RQ_MODEL, "model.pt": ""},
+        "rq-vae",
+        {"model": ("model.pt", "")},
+    ),
+    "taming": (
+        {"model.yaml": TAMING, "last.ckpt": ""},
+        "taming",
+        {"image_tokenizer": ("last.ckpt", "")},
+    ),
+    "taming release": (
+        {"configs/model.yaml": TAMING, "ckpts/last.ckpt": ""},
+        "taming",
+        {"image_tokenizer": ("ckpts/last.ckpt", "")},
+    ),
+    "taming logs": (
+        {
+            "configs/2020-11-09T13-31-51-lightning.yaml": "lightning: {trainer: {gpus: 1}}\n",
+            "configs/2020-11-09T13-31-51-project.yaml": NET2NET,
+            "checkpoints/last.ckpt": "",
+            "checkpoints/epoch=000003.ckpt": "",
+        },
+        "taming",
+        {"image_tokenizer": ("checkpoints/last.ckpt", "first_stage_model.")},
+    ),
+}
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(tmp_path: Path, name: str) -> None:
+    files, layout, expected = LAYOUTS[name]
+    write(tmp_path, files)
+    for path in (tmp_path, str(tmp_path)):
+        parts = find_parts(path)
+        assert {key: (part.file, part.prefix) for key, part in parts.items()} == {
+            key: (tmp_path / file, prefix) for key, (file, prefix) in expected.items()
+        }
+        assert {part.layout for part in parts.values()} == {layout}
+    assert find_parts(tmp_path / next(iter(expected.values()))[0]).keys() >= {next(iter(expected))}
+
+
+def test_the_config_comes_along(tmp_path: Path) -> None:
+    write(tmp_path, LAYOUTS["rq-vae"][0])
+    parts = find_parts(tmp_path)
+    assert parts["image_tokenizer"].config == {"arch": {"type": "rq-vae"}}
+    assert parts["model"].config == {"arch": {"type": "rq-transformer"}}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"config.yaml": NATIVE},
+        {"config.yaml": "{}", "image_tokenizer.safetensors": ""},
+        {"config.yaml": MINDALLE},
+        {"config.yaml": "arch: {type: other}", "model.pt": ""},
+        {"config.yaml": "arch: rq-vae", "model.pt": ""},
+        {"model.yaml": TAMING},
+        {"last.ckpt": ""},
+        {"last.ckpt": "", "model.yaml": "model: {target: taming}"},
+        {"a.ckpt": "", "b.ckpt": "", "model.yaml": TAMING},
+    ],
+)
+def test_unknown_layouts(tmp_path: Path, files: dict[str, str]) -> None:
+    write(tmp_path, files)
+    held = ", ".join(sorted(files)) or "nothing"
+    with pytest.raises(CheckpointError, match=rf"known layout: it holds {held}\. Expected one of: native"):
+        find_parts(tmp_path)
+
+
+def part(tmp_path: Path, content: Any, prefix: str = "") -> CheckpointPart:
+    torch.save(content, tmp_path / "last.ckpt")
+    return CheckpointPart(layout="taming", config={}, file=tmp_path / "last.ckpt", prefix=prefix)
+
+
+class TestRead:
+    ONE, TWO = torch.tensor([1.0]), torch.tensor([2.0])
+
+    @pytest.mark.parametrize(
+        ("content", "prefix"),
+        [
+            ({"a.weight": ONE}, ""),
+            ({"state_dict": {"a.weight": ONE}, "a.weight": TWO}, ""),
+            ({"state_dict": {"a.weight": ONE, "epoch": 3, 0: TWO}, "state_dict_ema": {"a.weight": TWO}}, ""),
+            ({"state_dict": {"stage1.a.weight": ONE, "stage2.a.weight": TWO, "a.weight": TWO}}, "stage1."),
+            ({"state_dict": {"module.a.weight": ONE}}, ""),
+            ({"state_dict": {"module.stage1.a.weight": ONE, "module.a.weight": TWO}}, "stage1."),
+        ],
+    )
+    def test_names(self, tmp_path: Path, content: Any, prefix: str) -> None:
+        assert part(tmp_path, content, prefix).read() == {"a.weight": self.ONE}
+
+    def test_a_prefix_goes_once(self, tmp_path: Path) -> None:
+        assert part(tmp_path, {"stage1.stage1.a": self.ONE}, "stage1.").read() == {"stage1.a": self.ONE}
+
+    def test_averages(self, tmp_path: Path) -> None:
+        content = {"state_dict": {"a": self.ONE}, "state_dict_ema": {"a": self.TWO}}
+        assert part(tmp_path, content).read(use_ema=True) == {"a": self.TWO}
+        with pytest.raises(
+            CheckpointError, match=r"last\.ckpt has no EMA weights \(keys: state_dict, epoch\)"
+        ):
+            part(tmp_path, {"state_dict": {"a": self.ONE}, "epoch": 3}).read(use_ema=True)
+
+
+class TestTranslateConfig:
+    @pytest.mark.parametrize(
+        ("translate", "message"),
+        [
+            (
+                lambda yaml: yaml["arch"]["hparams"],
+                r"model\.pt lacks the setting 'hparams': is it .* a rq-vae release",
+            ),
+            (lambda yaml: yaml["arch"]["sizes"][3], r"model\.pt is not usable: list index out of range"),
+            (
+                lambda yaml: yaml["arch"]["type"].items(),
+                "is not usable: 'str' object has no attribute 'items'",
+            ),
+            (lambda yaml: tuple(yaml["arch"]["depth"]), "is not usable: 'int' object is not iterable"),
+            (lambda yaml: int(yaml["arch"]["type"]), "is not usable: invalid literal for int"),
+        ],
+    )
+    def test_errors(self, translate: Any, message: str) -> None:
+        config = {"arch": {"type": "rq-vae", "sizes": [1], "depth": 4}}
+        part = CheckpointPart(layout="rq-vae", config=config, file=Path("stage1/model.pt"))
+        with pytest.raises(CheckpointError, match=f"the config of stage1/.*{message}"):
+            part.translate_config(translate)
+
+    def test_result(self) -> None:
+        part = CheckpointPart(layout="rq-vae", config={"arch": {"depth": 4}}, file=Path("stage1/model.pt"))
+        assert part.translate_config(lambda yaml: yaml["arch"]["depth"]) == 4
