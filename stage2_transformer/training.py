@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,7 +88,11 @@ class GPTTraining(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """AdamW with decay on matrices only, linear warm-up and cosine to zero."""
+        """AdamW with decay on matrices only, linear warm-up and cosine to zero.
+
+        Raises:
+            ValueError: if the training has no end.
+        """
         parameters = list(self.model.parameters())
         optimizer = torch.optim.AdamW(
             [
@@ -97,11 +102,22 @@ class GPTTraining(pl.LightningModule):
             lr=self.learning_rate,
             betas=(0.9, 0.95),
         )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=self.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            pct_start=self.warmup_share,
-            cycle_momentum=False,
-        )
+        total = self._total_steps()
+        warmup = max(1, round(self.warmup_share * total))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        """Steps of the training."""
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                "the learning rate falls to zero at the last step: say which with trainer.max_steps"
+            )
+        return int(steps)

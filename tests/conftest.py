@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+# The folders of tests/ are named like the packages, and pytest puts tests/ on the path: they would hide a package
+# that is installed in editable mode.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mindalle.pipeline import Pipeline
 from mindalle.text import TextTokenizer

@@ -132,7 +132,7 @@ class TestPickledObjects:
     )
     @pytest.mark.parametrize("is_zip", [True, False])
     def test_become_stand_ins(self, tmp_path: Path, extra: Any, is_zip: bool) -> None:
-        """Dicts, lists and builtin classes among them made the whole checkpoint "refused, it may run code"."""
+        """Dicts, lists and builtin classes among them got the whole file refused: "it may run code"."""
         content = {"extra": extra, "state_dict": TENSORS, "more": [extra, extra]}
         torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=is_zip)
         assert_same(read_tensors(tmp_path / "last.ckpt")["state_dict"], TENSORS)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mindalle.cli import generate as generate_command
 from mindalle.cli import progress
+from mindalle.hub import bundled_models
 from mindalle.image import contact_sheet, fit, open_image, to_tensor
 from mindalle.pipeline import Generation, Pipeline
 
@@ -32,6 +33,15 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> list[Generation]:
 
     monkeypatch.setattr(Pipeline, "__call__", record)
     return made
+
+
+def test_the_bundled_model_is_the_default(mindalle: Command, tmp_path: Path) -> None:
+    """The README's first command."""
+    if "emoji" not in bundled_models():
+        pytest.skip("this checkout has no bundled model: mindalle/models/emoji/config.yaml")
+    result = mindalle("generate", *PROMPT, "--seed", 0, "--out", tmp_path)
+    assert result.code == 0
+    assert texts(result.paths[0])["model"] == "emoji"
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
