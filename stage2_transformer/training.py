@@ -79,7 +79,7 @@ class GPTTraining(pl.LightningModule):
         output = self.model(codes, cond)
         code_loss = F.cross_entropy(output.logits.flatten(0, -2), codes.flatten())
         loss: Tensor = code_loss
-        if output.text_logits is not None and cond is not None:
+        if output.text_logits is not None and cond is not None and cond.shape[1] > 1:
             text_loss = F.cross_entropy(output.text_logits.flatten(0, 1), cond[:, 1:].flatten())
             loss = loss + self.text_weight * text_loss
             self.log(f"{stage}/text_loss", text_loss, batch_size=len(codes))

@@ -38,6 +38,13 @@ from stage2_transformer import (
     TransformerConfig,
 )
 
+
+def pytest_configure() -> None:
+    """One thread per process, and in the processes that tests start: two of them share two cores."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 CAPTIONS = ["a red apple", "a green apple", "a red car", "a green car on a road", "two red cars"]
 CONVNET = ConvNetConfig(
     image_size=16,

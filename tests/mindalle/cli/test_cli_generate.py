@@ -16,7 +16,7 @@ from mindalle.cli import generate as generate_command
 from mindalle.cli import progress
 from mindalle.hub import bundled_models
 from mindalle.image import contact_sheet, fit, open_image, to_tensor
-from mindalle.pipeline import Generation, Pipeline
+from mindalle.pipeline import Generation, Pipeline, Preview
 
 PROMPT = ("--prompt", "a red apple")
 
@@ -154,8 +154,18 @@ def test_zero_is_a_seed_and_without_one_a_seed_is_drawn_and_printed(generate: Co
     assert generate(*PROMPT, "--seed", -1).code == 0
 
 
-def test_batch_size_does_not_change_pictures(generate: Command) -> None:
+def test_batch_size_does_not_change_pictures(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    show = progress.Progress.show
+
+    def record(self: progress.Progress, preview: Preview) -> None:
+        show(self, preview)
+        if preview.num_done == preview.num_codes:
+            batches.append(len(preview.codes))
+
+    monkeypatch.setattr(progress.Progress, "show", record)
     runs = [generate(*PROMPT, "--seed", 2, "--num-images", 5, "--batch-size", size) for size in (1, 3, 8)]
+    assert batches == [1, 1, 1, 1, 1, 3, 2, 5]
     shown = [[pixels(path) for path in run.paths] for run in runs]
     assert shown[0] == shown[1] == shown[2]
     assert len(set(shown[0])) == 5
@@ -311,7 +321,7 @@ def test_an_interrupted_run_leaves_what_is_finished(
 ) -> None:
     show = progress.Progress.show
 
-    def interrupt(self: progress.Progress, preview: Any) -> None:
+    def interrupt(self: progress.Progress, preview: Preview) -> None:
         show(self, preview)
         if sum(len(codes) for codes in self.finished) == 8 and preview.num_done == 3:
             raise KeyboardInterrupt
