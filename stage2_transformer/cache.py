@@ -1,4 +1,4 @@
-"""Keys and values of a transformer stack, preallocated, with one length per row."""
+"""The state of decoding: keys and values of a stack, preallocated, and of the RQ-Transformer's two stacks."""
 
 from __future__ import annotations
 
@@ -174,3 +174,34 @@ class DecodeStep:
         all_keys[rows, :, self.positions] = keys.transpose(1, 2)
         all_values[rows, :, self.positions] = values.transpose(1, 2)
         return all_keys[self.rows, :, self.begin : self.end], all_values[self.rows, :, self.begin : self.end]
+
+
+class RQCache:
+    """The state of decoding: the body's cache over positions, the head's over codes, and the codes.
+
+    The head keeps an entry per code, each seeing those of its own position only, so that a row rewinds by its
+    lengths alone.
+
+    Args:
+        body: entries [condition | positions that are complete].
+        head: entry n is the input that predicts code n; its prompt is entry 0.
+        codes: int64 (B, T) consumed so far, anything beyond.
+        depth: D.
+    """
+
+    def __init__(self, body: KVCache, head: KVCache, codes: Tensor, depth: int) -> None:
+        self.body = body
+        self.head = head
+        self.codes = codes
+        self.depth = depth
+        self.batch_size = len(codes)
+
+    @property
+    def num_codes(self) -> list[int]:
+        """Codes consumed by each row."""
+        return self.head.num_codes
+
+    def rewind(self, row: int, num_codes: int) -> None:
+        """Forget all but the first `num_codes` codes of a row, see `KVCache.rewind`."""
+        self.head.rewind(row, num_codes)
+        self.body.rewind(row, num_codes // self.depth)

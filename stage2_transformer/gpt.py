@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stage2_transformer.cache import KVCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
-from stage2_transformer.interface import SequenceOutput
+from stage2_transformer.interface import SequenceOutput, flatten_codes
 from stage2_transformer.layers import Transformer, TransformerConfig, init_weights
 
 
@@ -85,7 +85,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: if shapes or ranges do not fit the model.
         """
-        codes = check_codes(codes, self.code_shape)
+        codes = flatten_codes(codes, self.code_shape)
         prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
         x = torch.cat([prompt, self.code_embedding(codes[:, :-1]) + self.code_positions[:-1]], dim=1)
         x = self.norm(self.transformer(self.dropout(x)))  # (B, N + T - 1, C)
@@ -137,22 +137,3 @@ class GPT(nn.Module):
         positions = first[:, None] + torch.arange(codes.shape[1], device=codes.device)  # (B, n)
         x = self.code_embedding(codes) + self.code_positions[positions]
         return self.head(self.norm(self.transformer(x, step)))  # type: ignore[no-any-return]
-
-
-def check_codes(codes: Tensor, code_shape: tuple[int, ...]) -> Tensor:
-    """Flatten codes in raster order, depth fastest.
-
-    Args:
-        codes: should be int64 (B, *code_shape).
-        code_shape: of the model.
-
-    Returns:
-        (B, T).
-
-    Raises:
-        ValueError: if the shape or dtype is another.
-    """
-    if tuple(codes.shape[1:]) != tuple(code_shape) or codes.is_floating_point():
-        expected = ", ".join(map(str, code_shape))
-        raise ValueError(f"codes must be int64 (B, {expected}), got {codes.dtype} {tuple(codes.shape)}")
-    return codes.flatten(1)

@@ -86,3 +86,22 @@ class SequenceModel(Protocol):
             (B, n, V): entry i is the logits of the code that follows code i.
         """
         ...
+
+
+def flatten_codes(codes: Tensor, code_shape: tuple[int, ...]) -> Tensor:
+    """Flatten codes in raster order, depth fastest.
+
+    Args:
+        codes: should be int64 (B, *code_shape).
+        code_shape: of the model.
+
+    Returns:
+        (B, T).
+
+    Raises:
+        ValueError: if the shape or dtype is another.
+    """
+    if tuple(codes.shape[1:]) != tuple(code_shape) or codes.is_floating_point():
+        expected = ", ".join(map(str, code_shape))
+        raise ValueError(f"codes must be int64 (B, {expected}), got {codes.dtype} {tuple(codes.shape)}")
+    return codes.flatten(1)

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage2_transformer.cache import KVCache
+from stage2_transformer.cache import RQCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
-from stage2_transformer.gpt import check_codes
-from stage2_transformer.interface import SequenceOutput
+from stage2_transformer.interface import SequenceOutput, flatten_codes
 from stage2_transformer.layers import Transformer, TransformerConfig, init_weights
 
 
@@ -77,37 +76,6 @@ class RQTransformerConfig:
     def has_table(self) -> bool:
         """Whether body or head read codes through an embedding table."""
         return not (self.has_codebook_body and self.has_codebook_head)
-
-
-class RQCache:
-    """The state of decoding: the body's cache over positions, the head's over codes, and the codes.
-
-    The head keeps an entry per code, each seeing those of its own position only, so that a row rewinds by its
-    lengths alone.
-
-    Args:
-        body: entries [condition | positions that are complete].
-        head: entry n is the input that predicts code n; its prompt is entry 0.
-        codes: int64 (B, T) consumed so far, anything beyond.
-        depth: D.
-    """
-
-    def __init__(self, body: KVCache, head: KVCache, codes: Tensor, depth: int) -> None:
-        self.body = body
-        self.head = head
-        self.codes = codes
-        self.depth = depth
-        self.batch_size = len(codes)
-
-    @property
-    def num_codes(self) -> list[int]:
-        """Codes consumed by each row."""
-        return self.head.num_codes
-
-    def rewind(self, row: int, num_codes: int) -> None:
-        """Forget all but the first `num_codes` codes of a row, see `KVCache.rewind`."""
-        self.head.rewind(row, num_codes)
-        self.body.rewind(row, num_codes // self.depth)
 
 
 class CodeInput(nn.Module):
@@ -215,7 +183,7 @@ class RQTransformer(nn.Module):
             ValueError: if shapes or ranges do not fit the model.
         """
         depth = self.config.depth
-        by_position = check_codes(codes, self.code_shape).view(len(codes), -1, depth)  # (B, T) -> (B, P, D)
+        by_position = flatten_codes(codes, self.code_shape).view(len(codes), -1, depth)  # (B, T) -> (B, P, D)
         prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
         positions = self._read_positions(by_position[:, :-1]) + self.position_embedding[:-1]
         x = self.body(self.dropout(torch.cat([prompt, positions], dim=1)))  # (B, N + P - 1, C)

@@ -232,17 +232,16 @@ def test_a_truncated_checkpoint(generate: Command, copy: Any, name: str, file: s
     assert_one_line(result, 1, str(path), f"({size} bytes) is not a readable torch checkpoint", "cut short?")
 
 
-@pytest.mark.parametrize("kept", [0, 7, 200, 0.5, -1])
 def test_a_truncated_native_checkpoint(
-    generate: Command, mindalle: Command, text_model: Path, tmp_path: Path, kept: float
+    generate: Command, mindalle: Command, text_model: Path, tmp_path: Path
 ) -> None:
     assert mindalle("convert", text_model, tmp_path / "native").code == 0
     path = tmp_path / "native" / "model.safetensors"
     content = path.read_bytes()
-    size = int(kept * len(content)) if isinstance(kept, float) else kept % len(content)
-    path.write_bytes(content[:size])
-    result = generate("--model", tmp_path / "native", *PROMPT)
-    assert_one_line(result, 1, f"{path} ({size} bytes) is not a readable safetensors file", "cut short?")
+    for size in (0, 7, 200, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        result = generate("--model", tmp_path / "native", *PROMPT)
+        assert_one_line(result, 1, f"{path} ({size} bytes) is not a readable safetensors file", "cut short?")
     path.unlink()
     assert_one_line(generate("--model", tmp_path / "native", *PROMPT), 1, f"no checkpoint file at {path}")
 

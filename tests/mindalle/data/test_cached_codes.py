@@ -77,7 +77,7 @@ class TestPrepareData:
         assert not (tmp_path / "codes" / split).exists()
 
     def test_no_image_tokenizer(self, arguments: dict[str, Any], tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="no checkpoint at .*none"):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*none"):
             prepared(arguments | {"image_tokenizer": str(tmp_path / "none")})
 
 
@@ -146,7 +146,7 @@ class TestBatches:
         shutil.rmtree(tmp_path / "tokenizer")
         torch.nn.init.normal_(tiny_vqgan.quantizer.codebook)
         save_checkpoint(tmp_path / "tokenizer", image_tokenizer=tiny_vqgan)
-        with pytest.raises(ValueError, match="was encoded by another image tokenizer .* remove it to encode"):
+        with pytest.raises(ValueError, match=r"encoded by another image tokenizer .* remove it to encode"):
             data.train_dataloader()
 
     def test_image_tokenizer_in_another_layout(self, arguments: dict[str, Any], tmp_path: Path) -> None:

@@ -219,5 +219,5 @@ class TestRefusal:
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(FileNotFoundError, match="no code cache at .*: it has no header.json"):
+            with pytest.raises(FileNotFoundError, match=r"no code cache at .*: it has no header.json"):
                 CodeCache(path, tokenizer_hash=HASH)

@@ -140,7 +140,7 @@ class TestShardDataset:
         assert all(len(record.getMessage()) < 300 for record in caplog.records)
 
     def test_shuffled(self, tmp_path: Path) -> None:
-        """Another order in each epoch; all of them follow from torch's seed, as `seed_everything` promises."""
+        """Another order in each epoch, and all follow from torch's seed, as `seed_everything` promises."""
         shards = [write_shard(tmp_path / f"{i}.tar", range(10 * i, 10 * i + 10)) for i in range(4)]
         dataset = shard_dataset([str(shard) for shard in shards], 16, shuffle=30)
         with torch.random.fork_rng(devices=[]):
@@ -215,7 +215,7 @@ class TestImageShards:
         data = ImageShards(*patterns)
         data.trainer = SimpleNamespace(world_size=2)  # type: ignore[assignment]
         with pytest.raises(
-            ValueError, match="not shared out among devices yet, got 2: set trainer.devices to 1"
+            ValueError, match=r"not shared out among devices yet, got 2: set trainer.devices to 1"
         ):
             data.setup("fit")
 
