@@ -13,8 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-# The folders of tests/ are named like the packages, and pytest puts tests/ on the path: they would hide a package
-# that is installed in editable mode.
+# The folders of tests/ are named like the packages, and pytest puts tests/ on the path: they would hide a
+# package that is installed in editable mode.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mindalle.pipeline import Pipeline

@@ -105,7 +105,7 @@ class TestVQGANTraining:
     def test_the_loss_falls_and_every_code_lives(
         self, vqgan: VQGANTraining, pictures: dict[str, Tensor]
     ) -> None:
-        _, metrics = fit(vqgan, [pictures], max_steps=60)
+        _, metrics = fit(vqgan, [pictures], max_steps=30)
         assert metrics[-1]["train/loss"] < 0.5 * metrics[3]["train/loss"]
         assert metrics[-1]["train/l1"] < 0.5 * metrics[3]["train/l1"]
         assert metrics[-1]["train/psnr"] > metrics[3]["train/psnr"] + 3
@@ -118,7 +118,7 @@ class TestVQGANTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = VQGANTraining(tiny_vqgan.config, learning_rate=2e-3, warmup_steps=3, restart_until=0.0)
-        _, metrics = fit(module, [pictures], max_steps=60)
+        _, metrics = fit(module, [pictures], max_steps=15)
         assert metrics[-1]["train/codes_used"] < 24
 
     def test_what_a_restart_moves(self, vqgan: VQGANTraining, pictures: dict[str, Tensor]) -> None:
@@ -136,7 +136,7 @@ class TestVQGANTraining:
             assert (entry - latents).abs().amax(dim=1).min() < 1e-6
         assert not vqgan.usage.any()
 
-    @pytest.mark.parametrize("accumulate", [1, 4])
+    @pytest.mark.parametrize("accumulate", [1, 2])
     def test_restarts_once_in_a_step(
         self,
         vqgan: VQGANTraining,
@@ -144,7 +144,7 @@ class TestVQGANTraining:
         monkeypatch: pytest.MonkeyPatch,
         accumulate: int,
     ) -> None:
-        """With accumulated gradients every batch of a step restarted, after counting the codes of one batch."""
+        """With accumulated gradients each batch of a step restarted, by the codes of one batch alone."""
         steps: list[int] = []
         restart = vqgan._restart_dead_codes
 
@@ -153,9 +153,9 @@ class TestVQGANTraining:
             restart(images)
 
         monkeypatch.setattr(vqgan, "_restart_dead_codes", record)
-        vqgan.restart_every, vqgan.restart_until = 3, 0.7
-        fit(vqgan, [pictures] * 8, max_steps=10, accumulate_grad_batches=accumulate)
-        assert steps == [0, 3, 6]
+        vqgan.restart_every, vqgan.restart_until = 3, 0.5
+        fit(vqgan, [pictures] * 8, max_steps=7, accumulate_grad_batches=accumulate)
+        assert steps == [0, 3]
 
     def test_validation_changes_nothing(self, vqgan: VQGANTraining, pictures: dict[str, Tensor]) -> None:
         logged: dict[str, Any] = {}
@@ -377,7 +377,7 @@ def vqgan_config(folder: Path, *, max_steps: int) -> dict[str, Any]:
                     },
                     "quantizer": {"codebook_size": 32, "width": 8},
                 },
-                "learning_rate": 3e-3,
+                "learning_rate": 1e-3,
                 "warmup_steps": 5,
                 "restart_every": 10,
             },
@@ -408,7 +408,7 @@ def gpt_config(folder: Path, *, max_steps: int) -> dict[str, Any]:
                     "transformer": {"width": 32, "num_layers": 2, "num_heads": 2},
                     "condition": {"kind": "text", "vocab_size": 60, "length": 4},
                 },
-                "learning_rate": 1e-2,
+                "learning_rate": 3e-3,
             },
         },
         "data": {
@@ -477,7 +477,7 @@ class TestCommandLine:
 
     @pytest.mark.slow
     def test_as_a_user_types_it(self, tmp_path: Path) -> None:
-        """With the scripts, a logger and a progress bar; long enough for the colours of a prompt to come out."""
+        """With the scripts, a logger and a progress bar; long enough for a prompt's colour to come out."""
         write_shards(tmp_path)
 
         def run(script: str, *arguments: object) -> None:
@@ -486,7 +486,7 @@ class TestCommandLine:
             assert result.returncode == 0, result.stderr
 
         for name, config in (
-            ("vqgan", vqgan_config(tmp_path, max_steps=400)),
+            ("vqgan", vqgan_config(tmp_path, max_steps=300)),
             ("gpt", gpt_config(tmp_path, max_steps=200)),
         ):
             for option in ("logger", "enable_progress_bar", "enable_model_summary"):
@@ -504,7 +504,7 @@ class TestCommandLine:
             picture, caption = draw_picture(index)
             (image,) = pipe(caption, params=SamplingParams(temperature=0)).images
             expected, centre = (np.asarray(image)[6:10, 6:10].mean(axis=(0, 1)) for image in (picture, image))
-            assert np.abs(centre - expected).max() < 80, caption
+            assert np.abs(centre - expected).max() < 60, caption
 
     @pytest.mark.parametrize(
         ("place", "key"),

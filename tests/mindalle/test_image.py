@@ -49,7 +49,7 @@ class TestRange:
         assert tensor[1, :, 0].diff().min() > 0  # green along the column
 
     def test_all_bytes_survive_the_round_trip(self) -> None:
-        """63 of 256 came back one darker: float32 puts them a little below themselves, and to_pil truncates."""
+        """63 of 256 came back one darker: float32 put them just below themselves, and to_pil truncates."""
         values = np.arange(256, dtype=np.uint8).reshape(16, 16)
         image = Image.fromarray(np.stack([values, values[::-1], values.T], axis=2))
         (back,) = to_pil(to_tensor(image).unsqueeze(0))
