@@ -197,9 +197,8 @@ def _char_bpe(model: BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = NormalizerSequence([BertNormalizer(lowercase=False), Lowercase()])
     tokenizer.pre_tokenizer = BertPreTokenizer()
-    tokenizer.add_special_tokens(
-        [UNKNOWN]
-    )  # a word of its own in a text, as in Hugging Face's CharBPETokenizer
+    # a word of its own in a text, as in Hugging Face's CharBPETokenizer
+    tokenizer.add_special_tokens([UNKNOWN])
     return tokenizer
 
 

@@ -19,7 +19,7 @@ from oracle.make import make_mindalle, make_mindalle_finetuned, make_rq, make_ta
 from torch import Tensor, nn
 
 import mindalle.checkpoint
-from checkpoint_io import CheckpointError, find_parts, read_tensors
+from checkpoint_io import CheckpointError, CheckpointPart, read_tensors
 from mindalle.checkpoint import (
     Checkpoint,
     SamplingDefaults,
@@ -99,8 +99,9 @@ class TestRoundTrip:
         save_checkpoint(tmp_path / "native", image_tokenizer=tiny_vqgan, model=model)
         assert_same(load_checkpoint(tmp_path / "native"), tiny_vqgan, model)
 
-    @pytest.mark.parametrize("kind", CONDITIONS)
-    @pytest.mark.parametrize("reads_codebook", [True, False])
+    @pytest.mark.parametrize(
+        ("kind", "reads_codebook"), [*((kind, True) for kind in CONDITIONS), ("text", False)]
+    )
     def test_rqvae_and_rq_transformer(
         self, tmp_path: Path, tiny_rqvae: RQVAE, tiny_rq: RQTransformer, kind: str, reads_codebook: bool
     ) -> None:
@@ -241,13 +242,11 @@ class TestSamplingDefaults:
             ([1, 2], r"sampling section beside .* must be a mapping, got \[1, 2\]"),
         ],
     )
-    def test_errors(
-        self, tmp_path: Path, tiny_vqgan: VQGAN, tiny_gpt: GPT, section: object, message: str
-    ) -> None:
-        save_checkpoint(tmp_path, image_tokenizer=tiny_vqgan, model=tiny_gpt)
-        edit_config(tmp_path, lambda config: config.update(sampling=section))
+    def test_errors(self, section: object, message: str) -> None:
+        config = {"format": "mindalle-1", "sampling": section}
+        part = CheckpointPart(layout="native", config=config, file=Path("model.safetensors"))
         with pytest.raises(CheckpointError, match=message):
-            sampling_defaults(find_parts(tmp_path)["model"])
+            sampling_defaults(part)
 
 
 def edit_config(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -302,7 +301,7 @@ class TestLoadErrors:
             load_checkpoint(native)
 
     @pytest.mark.parametrize("name", ["image_tokenizer.safetensors", "model.safetensors"])
-    @pytest.mark.parametrize("size", [0, 7, 1000, -1])
+    @pytest.mark.parametrize("size", [0, 1000, -1])
     def test_truncated(self, native: Path, name: str, size: int) -> None:
         os.truncate(native / name, size if size >= 0 else (native / name).stat().st_size - 1)
         with pytest.raises(
@@ -350,8 +349,13 @@ class TestSaving:
         assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
         assert (tmp_path / "README.md").read_text() == "mine"
 
-    @pytest.mark.parametrize("failing", range(5))
-    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+    @pytest.mark.parametrize(
+        ("failing", "error"),
+        [
+            *((number, OSError(28, "No space left on device")) for number in range(5)),
+            (4, KeyboardInterrupt()),
+        ],
+    )
     def test_a_failure_leaves_nothing(
         self,
         tmp_path: Path,
@@ -421,9 +425,6 @@ def save_all(directory: Path, pipeline: Pipeline) -> None:
 
 OFFICIAL: dict[str, Callable[[Path], Any]] = {
     "minDALL-E": make_mindalle,
-    "minDALL-E without biases": lambda path: make_mindalle(
-        path, attn_bias=False, mlp_bias=False, gelu_use_approx=True
-    ),
     "minDALL-E fine-tuned, class": lambda path: make_mindalle_finetuned(path, "class"),
     "minDALL-E fine-tuned, none": lambda path: make_mindalle_finetuned(path, "none"),
     "rq-vae, text": lambda path: make_rq(path, "text"),
@@ -470,9 +471,8 @@ class TestConversion:
         assert torch.equal(generate(native.model, cond, GREEDY, seeds=[0, 1]), codes)
         assert codes.unique().numel() > 2
 
-    @pytest.mark.parametrize("cond", ["text", "class"])
-    def test_averaged_weights(self, tmp_path: Path, cond: Any) -> None:
-        make_rq(tmp_path / "official", cond)
+    def test_averaged_weights(self, tmp_path: Path) -> None:
+        make_rq(tmp_path / "official")
         averaged = load_checkpoint(tmp_path / "official", use_ema=True)
         save_checkpoint(tmp_path / "native", image_tokenizer=averaged.image_tokenizer, model=averaged.model)
         assert_same(load_checkpoint(tmp_path / "native"), averaged.image_tokenizer, averaged.model)

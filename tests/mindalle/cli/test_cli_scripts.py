@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def start(*argv: object, **options: Any) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    # a shell starts what it puts in the background with SIGINT ignored, and children inherit that
+    options.setdefault("preexec_fn", partial(signal.signal, signal.SIGINT, signal.default_int_handler))
     return subprocess.Popen([sys.executable, *map(str, argv)], env=environment, **(pipes | options))
 
 
