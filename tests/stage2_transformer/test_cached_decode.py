@@ -70,7 +70,7 @@ SCRIPTS: dict[str, Script] = {
 def random_script(seed: int) -> Script:
     choose = random.Random(seed)
     script: Script = [("prefill", ALL, 0)]
-    for _ in range(25):
+    for _ in range(16):
         rows = choose.sample(ALL, choose.randint(1, BATCH))
         what = choose.choices(["decode", "rewind", "prefill"], [8, 3, 1])[0]
         script.append((what, rows, choose.randint(1, 5)))

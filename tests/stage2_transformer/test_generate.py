@@ -11,7 +11,6 @@ import pytest
 import torch
 from oracle import sampling as oracle
 from sequence_models import (
-    CONDITIONAL,
     MODELS,
     SIX,
     Model,
@@ -78,11 +77,14 @@ def params_for(name: str, setting: str) -> SamplingParams:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("setting", ["greedy", "plain", "filtered", "guided", "greedy guided"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *itertools.product(MODELS, ["greedy", "filtered"]),
+        *itertools.product(SIX, ["plain", "guided", "greedy guided"]),
+    ],
+)
 def test_generate_equals_decoding_by_full_forwards(name: str, setting: str) -> None:
-    if "guided" in setting and name not in CONDITIONAL:
-        return
     model, params, cond = build(name), params_for(name, setting), draw_cond(MODELS[name], 2)
     cond = cond if setting != "plain" or cond is None else cond[:1]
     assert torch.equal(
@@ -105,20 +107,24 @@ def test_known_codes_stay_and_the_rest_follows_from_them(name: str, count: int |
         assert torch.equal(known, before)
 
 
-@pytest.mark.parametrize("name", [*SIX, "gpt_none", "rq_none"])
-def test_an_image_is_the_same_in_any_batch(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *((name, "plain") for name in (*SIX, "gpt_none", "rq_none")),
+        *((name, "guided") for name in ("gpt_text", "rq_sizes_per_depth")),
+    ],
+)
+def test_an_image_is_the_same_in_any_batch(name: str, setting: str) -> None:
     # float noise between batch sizes could cross a code's edge; with these models and seeds none does
-    model, cond = build(name), draw_cond(MODELS[name], 1)
-    for setting in ("plain", "guided") if name in CONDITIONAL else ("plain",):
-        params = params_for(name, setting)
-        together = generate(model, cond, params, seeds=SEEDS)
-        assert len(together.unique(dim=0)) > 4
-        for size in (1, 3):
-            parts = [generate(model, cond, params, seeds=SEEDS[i : i + size]) for i in range(0, 8, size)]
-            assert torch.equal(torch.cat(parts), together)
-        shuffled = [5, 0, 7, 2]
-        codes = generate(model, cond, params, seeds=[SEEDS[i] for i in shuffled])
-        assert torch.equal(codes, together[shuffled])
+    model, cond, params = build(name), draw_cond(MODELS[name], 1), params_for(name, setting)
+    together = generate(model, cond, params, seeds=SEEDS)
+    assert len(together.unique(dim=0)) > 4
+    for size in (1, 3):
+        parts = [generate(model, cond, params, seeds=SEEDS[i : i + size]) for i in range(0, 8, size)]
+        assert torch.equal(torch.cat(parts), together)
+    shuffled = [5, 0, 7, 2]
+    codes = generate(model, cond, params, seeds=[SEEDS[i] for i in shuffled])
+    assert torch.equal(codes, together[shuffled])
 
 
 @pytest.mark.parametrize("name", SIX)
@@ -206,7 +212,7 @@ def test_without_guidance_no_unconditional_half_is_computed_and_a_prompt_is_read
     assert model.num_rows[steps:] == [16] * steps
 
 
-@pytest.mark.parametrize("name", CONDITIONAL)
+@pytest.mark.parametrize("name", SIX)
 def test_guidance_of_almost_one_is_almost_none(name: str) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 2)
     codes = [generate(model, cond, SamplingParams(cfg_scale=s), seeds=SEEDS) for s in (1.0, 1 + 1e-6, 4.0)]

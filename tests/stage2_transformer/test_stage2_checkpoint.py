@@ -191,13 +191,13 @@ RQ_CASES = [(variant, "class") for variant in RQ] + [
 
 @pytest.mark.parametrize(("variant", "cond"), RQ_CASES)
 def test_rq_equals_the_oracle(tmp_path: Path, variant: str, cond: Cond) -> None:
-    release = make_rq(tmp_path, cond, ema=False, **RQ[variant])
+    release = make_rq(tmp_path, cond, ema=False, **{"code_shape": [2, 2, 3], **RQ[variant]})
     _check_rq(release, release.stage1_state, release.stage2_state, use_ema=False)
 
 
 @pytest.mark.parametrize("cond", ["text", "class", "none"])
 def test_averaged_weights_equal_the_oracle(tmp_path: Path, cond: Cond) -> None:
-    release = make_rq(tmp_path, cond)
+    release = make_rq(tmp_path, cond, code_shape=[2, 2, 3])
     _check_rq(release, release.stage1_ema, release.stage2_ema, use_ema=True)
 
 
