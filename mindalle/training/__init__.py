@@ -1,0 +1,1 @@
+"""Lightning modules that train the parts of a model, and the callbacks around them."""

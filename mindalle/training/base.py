@@ -1,0 +1,117 @@
+"""What every training shares: AdamW, warm-up and cosine, and a checkpoint that tells what it holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from checkpoint_io import config_to_mapping
+
+RUN_KEY = "mindalle"
+"""Of a Lightning checkpoint: {"kind": ..., "config": ...}, what the export needs to build the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and a cosine to the last step."""
+
+    learning_rate: float = 5e-4  # at its peak, > 0
+    betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment, in [0, 1)
+    weight_decay: float = 0.0  # decoupled, on matrices only (not biases, norms, single vectors), >= 0
+    warmup_steps: int = 100  # optimiser steps of linear warm-up, >= 0
+    final_share: float = 0.0  # learning rate at the last step / at its peak, in [0, 1]; 1 = constant
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if self.learning_rate <= 0 or self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ValueError(
+                "learning_rate must be positive, weight_decay and warmup_steps at least 0, "
+                f"got {self.learning_rate}, {self.weight_decay} and {self.warmup_steps}"
+            )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if not 0 <= self.final_share <= 1:
+            raise ValueError(f"final_share must be in [0, 1], got {self.final_share}")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Learning rate of a step as share of the peak.
+
+        Args:
+            step: counted from 0.
+            total_steps: of the training, >= 1; not used by a constant rate.
+
+        Returns:
+            In (0, 1] during warm-up, then falling from 1 to `final_share`.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.final_share == 1:
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        return self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Training(pl.LightningModule):
+    """A Lightning module around `self.model`, which is what is trained and exported.
+
+    Subclasses set `kind` and `self.model`, and write `training_step` and `validation_step`.
+
+    Args:
+        optimizer: settings; None = the defaults.
+    """
+
+    kind: str
+    """Key of the model's class in `STAGE1`, `STAGE2`, or "clip"."""
+    model: Any
+    """The network; has `config`, a dataclass."""
+
+    def __init__(self, optimizer: OptimizerConfig | None = None) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer or OptimizerConfig()
+
+    def trained_modules(self) -> list[nn.Module]:
+        """What the optimiser trains: the model; an adversary is added here."""
+        return [self.model]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with decay on matrices only, and the schedule, per step.
+
+        Raises:
+            ValueError: if the learning rate falls to the last step and there is none.
+        """
+        config = self.optimizer_config
+        parameters = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=config.betas,
+        )
+        total = self.total_steps() if config.final_share < 1 else 1
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole training.
+
+        Raises:
+            ValueError: if it has no end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                "the training needs an end: set trainer.max_steps or trainer.max_epochs "
+                "(or optimizer.final_share to 1 for a constant learning rate)"
+            )
+        return int(steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the weights are of, in plain values: loading a checkpoint executes nothing."""
+        checkpoint[RUN_KEY] = {"kind": self.kind, "config": config_to_mapping(self.model.config)}
