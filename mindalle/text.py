@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
 from checkpoint_io import CheckpointError, atomic_path
+from mindalle.bpe_dropout import BPEDropout
 
 logger = logging.getLogger(__name__)
 PAD, UNKNOWN, WORD_END = "[PAD]", "[UNK]", "</w>"
@@ -141,26 +144,39 @@ class TextTokenizer:
         with atomic_path(path) as temporary:
             self.tokenizer.save(str(temporary))
 
-    def encode(self, texts: Sequence[str], *, warns_of_loss: bool = True) -> Tensor:
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        warns_of_loss: bool = True,
+        dropout: float = 0.0,
+        rng: random.Random | None = None,
+    ) -> Tensor:
         """Encode texts; a text that is too long is cut with a warning that names the lost words.
 
         Args:
             texts: B strings; "" is the null condition.
             warns_of_loss: False = cut silently, for captions in training.
+            dropout: BPE dropout: the chance in [0, 1] that a merge is left out, at each step; 1 = characters.
+            rng: decides which; needed with `dropout`.
 
         Returns:
             int64 (B, N), padded with 0.
 
         Raises:
-            ValueError: if `texts` is one string, or empty.
+            ValueError: if `texts` is one string, or empty; if `dropout` is out of range, has no `rng`, or the
+                tokenizer is none that merges.
         """
         if isinstance(texts, str) or not len(texts):
             raise ValueError(f"texts must be a non-empty list of strings, got {texts!r}")
+        if not 0 <= dropout <= 1 or (dropout and rng is None):
+            raise ValueError(f"dropout must be in [0, 1], and with it an rng be given, got {dropout}, {rng}")
         ids = torch.zeros(len(texts), self.length, dtype=torch.int64)
         for row, (text, encoding) in enumerate(
             zip(texts, self.tokenizer.encode_batch(list(texts)), strict=True)
         ):
-            kept = [i if i < self.vocab_size else self.unknown_id for i in encoding.ids[: self.length]]
+            chosen = self._bpe_dropout.encode(encoding, dropout, rng) if dropout and rng else encoding.ids
+            kept = [i if i < self.vocab_size else self.unknown_id for i in chosen[: self.length]]
             ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
             if warns_of_loss and len(encoding.ids) > self.length:
                 logger.warning(
@@ -170,6 +186,14 @@ class TextTokenizer:
                     text[_word_start(encoding, self.length) :],
                 )
         return ids
+
+    def count_ids(self, texts: Sequence[str]) -> list[int]:
+        """How many ids each text has before it is padded or cut."""
+        return [len(encoding.ids) for encoding in self.tokenizer.encode_batch(list(texts))]
+
+    @cached_property
+    def _bpe_dropout(self) -> BPEDropout:
+        return BPEDropout(self.tokenizer)
 
 
 def _word_start(encoding: Encoding, position: int) -> int:

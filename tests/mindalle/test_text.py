@@ -173,6 +173,9 @@ class TestEncode:
         together = trained.encode(CAPTIONS)
         assert torch.equal(together, torch.cat([trained.encode([caption]) for caption in CAPTIONS]))
 
+    def test_counts_before_the_cut(self, trained: TextTokenizer) -> None:
+        assert trained.count_ids(["a red car", "", "a " * 20]) == [3, 0, 20]
+
     def test_a_smaller_vocabulary_of_the_model(
         self, bpe16k_dir: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
