@@ -1,10 +1,13 @@
 """Quantizers: latents <-> codes."""
 
+from stage1_vqgan.quantize.averages import CodebookAverages, CodebookTrainingConfig
 from stage1_vqgan.quantize.interface import Quantizer, QuantizerOutput
 from stage1_vqgan.quantize.residual import ResidualQuantizer, ResidualQuantizerConfig
 from stage1_vqgan.quantize.vector import VectorQuantizer, VectorQuantizerConfig
 
 __all__ = [
+    "CodebookAverages",
+    "CodebookTrainingConfig",
     "Quantizer",
     "QuantizerOutput",
     "ResidualQuantizer",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,24 @@ class QuantizerOutput(NamedTuple):
 
     latents: Tensor  # (B, C, h, w), what the decoder gets: the codes' vectors, gradient straight through
     codes: Tensor  # int64 (B, h, w) or (B, h, w, D)
-    loss: Tensor  # scalar, the quantizer's own term of the training loss
+    commitment_loss: Tensor  # scalar, weighted: draws the latents to their codes' vectors
+    codebook_loss: Tensor  # scalar: draws the codebook to the latents; 0 where gradients do not train it
+
+
+class Assignment(NamedTuple):
+    """One codebook and everything that a batch assigned to its entries."""
+
+    table: Tensor  # (V, C), the codebook itself
+    vectors: Tensor  # (M, C) float32: latents, or what earlier depths left over of them
+    codes: Tensor  # int64 (M,): the entry of each
+
+
+Cluster: TypeAlias = Callable[[Tensor, int], Tensor]
+"""Vectors (M, C) and a number of centres k -> centres (k, C)."""
 
 
 class Quantizer(nn.Module, ABC):
-    """Latents <-> codes."""
+    """Latents <-> codes. Its parameters are its codebooks (V, C), one where all depths share it."""
 
     codebook_size: int
     """V, of the largest codebook."""
@@ -34,6 +48,14 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Codes -> their vectors (B, C, h, w)."""
+
+    @abstractmethod
+    def assignments(self, latents: Tensor, codes: Tensor) -> list[Assignment]:
+        """What latents (B, C, h, w) and their codes assign to each codebook, for training it."""
+
+    @abstractmethod
+    def fit(self, latents: Tensor, cluster: Cluster) -> None:
+        """Set the codebooks to centres of latents (B, C, h, w) and, by depth, of what centres leave over."""
 
     @abstractmethod
     def all_codebooks(self) -> Tensor:

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage1_vqgan.quantize.interface import Quantizer, QuantizerOutput, squared_distances, straight_through
+from stage1_vqgan.quantize.interface import (
+    Assignment,
+    Cluster,
+    Quantizer,
+    QuantizerOutput,
+    squared_distances,
+    straight_through,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +78,24 @@ class ResidualQuantizer(Quantizer):
             latents: (B, C, h, w).
 
         Returns:
-            QuantizerOutput with codes (B, h, w, D). Its loss is the mean over depths of the squared distance
-            between the latents and the sum of the first codes' vectors; it trains the encoder only.
+            QuantizerOutput with codes (B, h, w, D). Its losses are means over depths of the squared distance
+            between the latents and the sum of the first codes' vectors.
 
         Source: Lee et al. 2022, eq. 6.
         """
         codes = self.encode(latents)
         partial_sums = self.partial_sums(codes)  # (D, B, C, h, w)
-        loss = torch.stack([F.mse_loss(latents, partial.detach()) for partial in partial_sums]).mean()
-        loss = loss * self.config.commitment_weight
-        return QuantizerOutput(straight_through(latents, partial_sums[-1]), codes, loss)
+        same = latents.expand_as(partial_sums)
+        return QuantizerOutput(
+            straight_through(latents, partial_sums[-1]),
+            codes,
+            commitment_loss=self.config.commitment_weight * F.mse_loss(same, partial_sums.detach()),
+            codebook_loss=(
+                F.mse_loss(partial_sums, same.detach())
+                if self.table(0).requires_grad
+                else latents.new_zeros(())
+            ),
+        )
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> codes int64 (B, h, w, D), greedily: the nearest entry to each residual."""
@@ -91,6 +106,49 @@ class ResidualQuantizer(Quantizer):
             residual = residual - F.embedding(code, self.table(depth)).float()
             codes.append(code)
         return torch.stack(codes, dim=-1)
+
+    def assignments(self, latents: Tensor, codes: Tensor) -> list[Assignment]:
+        """What each depth quantised, with its codes; together where the depths share a codebook.
+
+        Args:
+            latents: (B, C, h, w).
+            codes: their codes (B, h, w, D).
+
+        Returns:
+            One assignment per codebook.
+        """
+        residual = rearrange(latents.detach(), "b c h w -> (b h w) c").float()
+        by_depth = []
+        for depth, code in enumerate(codes.flatten(0, 2).unbind(dim=-1)):  # (B, h, w, D) -> D times (M,)
+            table = self.table(depth)
+            by_depth.append(Assignment(table, residual, code))
+            residual = residual - F.embedding(code, table.detach()).float()
+        if not self.config.is_shared:
+            return by_depth
+        vectors, shared_codes = (torch.cat(parts) for parts in list(zip(*by_depth, strict=True))[1:])
+        return [Assignment(self.table(0), vectors, shared_codes)]
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, cluster: Cluster) -> None:
+        """Set the codebooks to centres, depth by depth; in a shared one each depth gets its part of entries.
+
+        Args:
+            latents: (B, C, h, w).
+            cluster: finds the centres.
+        """
+        residual = rearrange(latents, "b c h w -> (b h w) c").float()
+        depth, centres = self.config.depth, []
+        for d, size in enumerate(self.config.codebook_sizes):
+            # V entries in D nearly equal parts
+            share = size * (d + 1) // depth - size * d // depth if self.config.is_shared else size
+            centres.append(cluster(residual, share))
+            if share:
+                nearest = squared_distances(residual, centres[-1]).argmin(dim=-1)
+                residual = residual - centres[-1][nearest]
+        if self.config.is_shared:
+            centres = [torch.cat(centres)]
+        for table, found in zip(self.tables, centres, strict=True):
+            table.copy_(found)
 
     def soft_codes(
         self,

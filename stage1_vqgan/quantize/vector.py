@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage1_vqgan.quantize.interface import Quantizer, QuantizerOutput, squared_distances, straight_through
+from stage1_vqgan.quantize.interface import (
+    Assignment,
+    Cluster,
+    Quantizer,
+    QuantizerOutput,
+    squared_distances,
+    straight_through,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +53,22 @@ class VectorQuantizer(Quantizer):
             latents: (B, C, h, w), any float dtype; distances are computed in float32.
 
         Returns:
-            QuantizerOutput with codes (B, h, w); its loss trains the codebook towards the latents and, with
-            weight beta, the latents towards the codebook.
+            QuantizerOutput with codes (B, h, w).
 
         Source: van den Oord et al. 2017, eq. 3; beta on the encoder's term, as in the paper.
         """
         codes = self.encode(latents)
         quantized = self.decode(codes)
-        loss = F.mse_loss(quantized, latents.detach()) + self.config.commitment_weight * F.mse_loss(
-            latents, quantized.detach()
+        return QuantizerOutput(
+            straight_through(latents, quantized),
+            codes,
+            commitment_loss=self.config.commitment_weight * F.mse_loss(latents, quantized.detach()),
+            codebook_loss=(
+                F.mse_loss(quantized, latents.detach())
+                if self.codebook.requires_grad
+                else latents.new_zeros(())
+            ),
         )
-        return QuantizerOutput(straight_through(latents, quantized), codes, loss)
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> codes int64 (B, h, w); of equally near entries the first."""
@@ -67,6 +79,19 @@ class VectorQuantizer(Quantizer):
         """Codes (B, h, w) -> their vectors (B, C, h, w)."""
         return rearrange(F.embedding(codes, self.codebook), "b h w c -> b c h w")
 
+    def assignments(self, latents: Tensor, codes: Tensor) -> list[Assignment]:
+        """Every latent (B, C, h, w) with its code (B, h, w)."""
+        return [Assignment(self.codebook, _vectors(latents), codes.flatten())]
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, cluster: Cluster) -> None:
+        """Set the codebook to centres of latents (B, C, h, w)."""
+        self.codebook.copy_(cluster(_vectors(latents), self.codebook_size))
+
     def all_codebooks(self) -> Tensor:
         """The codebook as (1, V, C)."""
         return self.codebook.unsqueeze(0)
+
+
+def _vectors(latents: Tensor) -> Tensor:
+    return rearrange(latents.detach(), "b c h w -> (b h w) c").float()

@@ -1,0 +1,183 @@
+"""Training an image tokenizer: VQGAN or RQ-VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint_io import find_parts
+from mindalle.hub import resolve_model
+from mindalle.image import psnr
+from mindalle.training.base import OptimizerConfig, Training
+from stage1_vqgan import RQVAE, VQGAN, RQVAEConfig, VQGANConfig
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
+from stage1_vqgan.checkpoint import tokenizer_from_part
+from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
+from stage1_vqgan.quantize import CodebookAverages, CodebookTrainingConfig
+
+
+class TokenizerTraining(Training):
+    """Fits an image tokenizer to images, with an adversary if the loss has one.
+
+    Batches are mappings with `images` (B, 3, H, W) in [-1, 1]. One optimiser trains tokenizer and
+    discriminator in one backward pass, see `TokenizerLoss`.
+
+    Args:
+        model: the tokenizer.
+        optimizer: of tokenizer and discriminator; None = the originals' betas (0.5, 0.9).
+        loss: terms and weights; None = L1 + LPIPS + PatchGAN.
+        codebook: how codebooks learn; None = by gradient, from the quantizer's codebook loss.
+    """
+
+    model: QuantizedAutoencoder
+
+    def __init__(
+        self,
+        model: QuantizedAutoencoder,
+        optimizer: OptimizerConfig | None,
+        loss: TokenizerLossConfig | None,
+        codebook: CodebookTrainingConfig | None,
+    ) -> None:
+        super().__init__(optimizer or OptimizerConfig(betas=(0.5, 0.9)))
+        self.model = model
+        self.loss = TokenizerLoss(loss or TokenizerLossConfig())
+        self.averages = CodebookAverages(model.quantizer, codebook) if codebook is not None else None
+        # (D, V): how often each code was chosen in this validation
+        depth, size = len(model.codebook()), model.codebook_size
+        self.register_buffer("code_counts", torch.zeros(depth, size, dtype=torch.int64), persistent=False)
+        self.code_counts: Tensor
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The tokenizer and the discriminator."""
+        return [self.model, self.loss]
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """One batch; returns the loss. The codebooks move once, after all depths have chosen."""
+        images = batch["images"]
+        latents: Tensor = self.model.encode_latents(images)
+        if self.averages is not None:
+            self.averages.start(latents)
+        quantized = self.model.quantizer(latents)
+        reconstructions = self.model.decode_latents(quantized.latents)
+        terms = self.loss(
+            images,
+            reconstructions,
+            quantized,
+            step=self.global_step,
+            last_layer=self.model.decoder.last_layer,
+        )
+        if self.averages is not None:
+            self.averages.update(latents, quantized.codes)
+            self.log("train/codes_alive", self.averages.usage())
+        self._log_terms("train", images, reconstructions, terms.total, terms.parts)
+        total: Tensor = terms.total
+        return total
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Log the loss on held-out images, without the adversary, and count codes."""
+        images = batch["images"]
+        reconstructions, quantized = self.model(images)
+        terms = self.loss(images, reconstructions, quantized, step=self.global_step)
+        self._log_terms("val", images, reconstructions, terms.total, terms.parts)
+        by_depth = quantized.codes.reshape(-1, len(self.code_counts))  # (B, h, w[, D]) -> (B h w, D)
+        for counts, codes in zip(self.code_counts, by_depth.unbind(dim=1), strict=True):
+            counts += torch.bincount(codes, minlength=len(counts))
+
+    def on_validation_epoch_start(self) -> None:
+        """Count codes anew."""
+        self.code_counts.zero_()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log, per depth, the share of the codebook in use and its perplexity over the held-out images."""
+        counts = self.trainer.strategy.reduce(self.code_counts.clone(), reduce_op="sum").float()
+        probabilities = counts / counts.sum(dim=1, keepdim=True)
+        perplexity = torch.special.entr(probabilities).sum(dim=1).exp()  # (D,)
+        for depth, (used, spread) in enumerate(
+            zip((counts > 0).float().mean(dim=1), perplexity, strict=True)
+        ):
+            self.log(f"val/usage_depth{depth}", used)
+            self.log(f"val/perplexity_depth{depth}", spread)
+
+    def _log_terms(
+        self, stage: str, images: Tensor, reconstructions: Tensor, total: Tensor, parts: dict[str, Tensor]
+    ) -> None:
+        named = {f"{stage}/{name}": part for name, part in parts.items()}
+        size = len(images)
+        self.log_dict(named | {f"{stage}/loss": total.detach()}, batch_size=size, sync_dist=stage == "val")
+        quality = psnr(images, reconstructions.detach().float()).mean()
+        self.log(f"{stage}/psnr", quality, batch_size=size, prog_bar=True, sync_dist=stage == "val")
+
+
+class VQGANTraining(TokenizerTraining):
+    """Fits a VQGAN.
+
+    Args:
+        config: of the model; None = that of `pretrained`.
+        optimizer: see `TokenizerTraining`.
+        loss: see `TokenizerTraining`.
+        codebook: see `TokenizerTraining`.
+        pretrained: tokenizer to start from: bundled name, path, or release.
+
+    Raises:
+        ValueError: if there is neither config nor pretrained tokenizer, or the two differ.
+    """
+
+    kind = "vqgan"
+
+    def __init__(
+        self,
+        config: VQGANConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        loss: TokenizerLossConfig | None = None,
+        codebook: CodebookTrainingConfig | None = None,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__(_build(VQGAN, config, pretrained), optimizer, loss, codebook)
+
+
+class RQVAETraining(TokenizerTraining):
+    """Fits an RQ-VAE; its codebooks learn by moving averages.
+
+    Args:
+        config: of the model; None = that of `pretrained`.
+        optimizer: see `TokenizerTraining`.
+        loss: see `TokenizerTraining`.
+        codebook: of the moving averages.
+        pretrained: tokenizer to start from: bundled name, path, or release.
+
+    Raises:
+        ValueError: if there is neither config nor pretrained tokenizer, or the two differ.
+    """
+
+    kind = "rqvae"
+
+    def __init__(
+        self,
+        config: RQVAEConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        loss: TokenizerLossConfig | None = None,
+        codebook: CodebookTrainingConfig | None = None,
+        pretrained: str | None = None,
+    ) -> None:
+        codebook = codebook or CodebookTrainingConfig()
+        super().__init__(_build(RQVAE, config, pretrained), optimizer, loss, codebook)
+
+
+def _build(cls: Any, config: Any, pretrained: str | None) -> Any:
+    """A new model, or a pretrained one of the same kind and config."""
+    if pretrained is None:
+        if config is None:
+            raise ValueError("model.config is missing: describe the model, or name a pretrained one")
+        return cls(config)
+    model = tokenizer_from_part(find_parts(resolve_model(pretrained))["image_tokenizer"]).train()
+    if type(model) is not cls:
+        raise ValueError(f"{pretrained} has a {type(model).__name__}, expected a {cls.__name__}")
+    if config is not None and config != model.config:
+        raise ValueError(
+            f"{pretrained} has another config than model.config: leave out model.config.\n"
+            f"got {config}\nexpected {model.config}"
+        )
+    return model
