@@ -167,6 +167,19 @@ class ClipTokenizer:
             row[: len(words) + 2] = torch.tensor([self.start_id, *words, self.end_id])
         return ids
 
+    def to_str(self) -> str:
+        """The tokenizer as JSON, the content of `text_tokenizer.json`."""
+        return str(self._tokenizer.to_str(pretty=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeClip:
+    """A CLIP of the native layout: what is trained, exported and loaded again."""
+
+    model: nn.Module  # what `config.build` gave
+    config: ClipConfig
+    tokenize: ClipTokenizer
+
 
 def load_clip(name_or_path: str | Path) -> ClipParts:
     """Load a CLIP in float32, executing nothing from its files.
@@ -186,7 +199,8 @@ def load_clip(name_or_path: str | Path) -> ClipParts:
     if (name := str(name_or_path)) in OPENAI_MODELS:
         model, preprocess, tokenize = _load_named(name)
     elif (path := Path(name_or_path)).is_dir():
-        model, preprocess, tokenize = _load_native(path)
+        native = load_native_clip(path)
+        model, preprocess, tokenize = native.model, native.config.preprocess(), native.tokenize
     elif path.is_file():
         model, preprocess, tokenize = _load_openai_file(path)
     else:
@@ -214,32 +228,64 @@ def save_clip(directory: str | Path, model: nn.Module, *, dtype: torch.dtype | N
     checkpoint_io.write_safetensors(Path(directory) / "clip.safetensors", model.state_dict(), dtype=dtype)
 
 
-def _load_native(directory: Path) -> ClipParts:
+def load_native_clip(directory: str | Path) -> NativeClip:
+    """Load the CLIP of a native checkpoint, in evaluation mode, float32, on the CPU.
+
+    Args:
+        directory: with `config.yaml`, `clip.safetensors` and `text_tokenizer.json`.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged or does not fit its config.
+        ImportError: if open_clip is not installed.
+    """
+    directory = Path(directory)
     where = f"clip section of {directory / 'config.yaml'}"
     section = checkpoint_io.read_yaml(directory / "config.yaml").get("clip")
     if not isinstance(section, dict):
         raise ValueError(f"{where} must be a mapping, got {section!r}: name another CLIP to rerank with")
     config = checkpoint_io.config_from_mapping(ClipConfig, section, where=where)
-    tokenize = _read_tokenizer(directory / "text_tokenizer.json", config.context_length)
-    if config.vocab_size != tokenize.vocab_size:
-        raise ValueError(
-            f"{where}: vocab_size must be {tokenize.vocab_size} (ids of text_tokenizer.json + 2), "
-            f"got {config.vocab_size}: was this CLIP trained with another tokenizer?"
-        )
+    tokenize = read_clip_tokenizer(directory / "text_tokenizer.json", config, where=where)
     model, weights = config.build(), directory / "clip.safetensors"
     checkpoint_io.load_strict(model, checkpoint_io.read_tensors(weights), source=str(weights))
-    return model, config.preprocess(), tokenize
+    return NativeClip(model=model.eval(), config=config, tokenize=tokenize)
 
 
-def _read_tokenizer(path: Path, context_length: int) -> ClipTokenizer:
+def read_clip_tokenizer(path: str | Path, config: ClipConfig, *, where: str) -> ClipTokenizer:
+    """Read a text tokenizer for a CLIP.
+
+    Args:
+        path: a Hugging Face tokenizer, `text_tokenizer.json`.
+        config: of the CLIP, whose vocabulary must be the tokenizer's and two ids.
+        where: the config is, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no tokenizer, or of another size than the CLIP's.
+    """
     from tokenizers import Tokenizer
 
+    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}: a native CLIP reads text with it")
+        raise FileNotFoundError(
+            f"no tokenizer at {path}: a native CLIP reads text with it (tools/train_tokenizer.py makes one)"
+        )
     try:
-        return ClipTokenizer(Tokenizer.from_file(str(path)), context_length)
+        tokenize = ClipTokenizer(Tokenizer.from_file(str(path)), config.context_length)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise CheckpointError(f"{path} is not a Hugging Face tokenizer: {error}") from error
+    if config.vocab_size != tokenize.vocab_size:
+        raise ValueError(
+            f"{where}: vocab_size must be {tokenize.vocab_size} (ids of {path.name} + 2), "
+            f"got {config.vocab_size}: was this CLIP trained with another tokenizer?"
+        )
+    return tokenize
 
 
 def _load_named(name: str) -> ClipParts:

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from checkpoint_io import config_to_mapping
-
-RUN_KEY = "mindalle"
-"""Of a Lightning checkpoint: {"kind": ..., "config": ...}, what the export needs to build the model."""
+from mindalle.run import RUN_KEY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +66,15 @@ class Training(pl.LightningModule):
     kind: str
     """Key of the model's class in `STAGE1`, `STAGE2`, or "clip"."""
     model: Any
-    """The network; has `config`, a dataclass."""
+    """The network."""
 
     def __init__(self, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
         self.optimizer_config = optimizer or OptimizerConfig()
+
+    def model_config(self) -> Any:
+        """The dataclass that `self.model` was built from."""
+        return self.model.config
 
     def trained_modules(self) -> list[nn.Module]:
         """What the optimiser trains: the model; an adversary is added here."""
@@ -114,4 +116,4 @@ class Training(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights are of, in plain values: loading a checkpoint executes nothing."""
-        checkpoint[RUN_KEY] = {"kind": self.kind, "config": config_to_mapping(self.model.config)}
+        checkpoint[RUN_KEY] = {"kind": self.kind, "config": config_to_mapping(self.model_config())}
