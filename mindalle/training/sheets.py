@@ -1,0 +1,120 @@
+"""Pictures of a run in the making: reconstructions of held-out images, drawings of fixed prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from checkpoint_io import atomic_path
+from mindalle.image import contact_sheet, to_pil
+from stage2_transformer import SamplingParams, generate, image_seeds
+
+
+class ReconstructionSheet(pl.Callback):
+    """At each validation, a sheet of the first held-out images beside what the tokenizer makes of them.
+
+    Of residual codes every depth is shown, coarse to fine.
+
+    Args:
+        num_images: rows of the sheet, >= 1.
+    """
+
+    def __init__(self, num_images: int = 8) -> None:
+        self.num_images = num_images
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the first batch; within the validation, where averaged weights are in place."""
+        if batch_idx or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        images = batch["images"][: self.num_images]
+        model = pl_module.model
+        codes = model.encode(images)
+        depths = range(1, codes.shape[-1] + 1) if codes.ndim == 4 else [None]
+        columns = [images, *(model.decode(codes if d is None else codes[..., :d]) for d in depths)]
+        rows = [image for row in zip(*map(to_pil, columns), strict=True) for image in row]
+        save_sheet(trainer, "reconstructions", contact_sheet(rows, columns=len(columns)))
+
+
+class PromptSheet(pl.Callback):
+    """At each validation, a sheet of what the model draws for fixed prompts with fixed seeds.
+
+    Args:
+        prompts: texts, or labels of a class-conditional model; None = as many pictures without a condition.
+        num_images: pictures per prompt, >= 1.
+        params: how codes are sampled; None = temperature 1.
+        seed: of the pictures.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | list[int] | None = None,
+        num_images: int = 4,
+        params: SamplingParams | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.prompts = prompts
+        self.num_images = num_images
+        self.params = params or SamplingParams()
+        self.seed = seed
+
+    @torch.no_grad()
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw with the weights that are validated."""
+        if batch_idx or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        cond = None if self.prompts is None else data.encode_prompts(self.prompts).to(pl_module.device)
+        count = self.num_images * (1 if self.prompts is None else len(self.prompts))
+        codes = generate(pl_module.model, cond, self.params, seeds=image_seeds(self.seed, count))
+        tokenizer = data.tokenizer.to(pl_module.device)
+        images = [image for part in codes.split(16) for image in to_pil(tokenizer.decode(part))]
+        captions = None
+        if self.prompts is not None:
+            captions = [str(prompt) for prompt in self.prompts for _ in range(self.num_images)]
+        save_sheet(trainer, "prompts", contact_sheet(images, columns=self.num_images, captions=captions))
+
+
+def save_sheet(trainer: pl.Trainer, name: str, sheet: Image.Image) -> Path:
+    """Write `samples/NAME_STEP.png` in the run's folder and show the sheet in TensorBoard.
+
+    Args:
+        trainer: of the run.
+        name: what the sheet shows.
+        sheet: the picture.
+
+    Returns:
+        The file.
+    """
+    path = Path(trainer.default_root_dir) / "samples" / f"{name}_{trainer.global_step:07d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
+    loggers: Sequence[Any] = trainer.loggers
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(sheet), trainer.global_step, dataformats="HWC")
+    return path
