@@ -1,186 +1,254 @@
-"""Captioned images in WebDataset shards: `KEY.png` (or .jpg, .webp) beside `KEY.json` with `captions`."""
+"""Captioned pictures in WebDataset shards: `KEY.png`, `KEY.json`, `KEY.txt` and `KEY.cls` in tar files."""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import logging
 import random
+import shlex
+import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
-from glob import glob
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob, has_magic
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-import torch
 import webdataset as wds
-from PIL import Image
-from torch.utils.data import DataLoader
+from braceexpand import braceexpand
 
-from mindalle.image import fit, on_white, to_tensor
+from mindalle.data.samples import PICTURE_SUFFIXES, Sample, Unreadable, clean_captions, decode
 
 logger = logging.getLogger(__name__)
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+REMOTE = ("http://", "https://", "s3://", "gs://", "pipe:")
+MAX_SHARDS = 1_000_000  # more are a typing error in a brace pattern
+
 SHUFFLE_BUFFER = 2000  # samples held in memory, as compressed bytes
 
+RawSample = dict[str, Any]
+"""The files of a sample as bytes by suffix, and `__key__`, as WebDataset groups them."""
 
-def find_shards(patterns: Sequence[str]) -> list[str]:
-    """Expand file patterns to shard files.
+
+MAX_LABEL = 1_000_000  # a larger one is damage, and would make as many classes
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What a scan of all shards finds."""
+
+    count: int  # samples
+    num_classes: int  # largest label + 1
+    digest: str  # SHA-256 of names, sizes and times of all files
+
+
+class Shards:
+    """A source over tar files; those that are not local can only be read from front to end.
+
+    Labels have names ("0", "1", ...) only where all shards are local, since all must be seen for it.
 
     Args:
-        patterns: paths, `*` allowed.
+        name: what the user named.
+        urls: local paths and addresses, at least one.
+    """
+
+    def __init__(self, name: str, urls: Sequence[str]) -> None:
+        self.name = name
+        self.urls = tuple(urls)
+        self.is_local = not any(url.startswith(REMOTE) for url in urls)
+        first = next(_headers(self.urls[0]), {}) if self.is_local else {}
+        self.classes = tuple(map(str, range(self._index.num_classes))) if "cls" in first else ()
+
+    @property
+    def num_parts(self) -> int:
+        """Shards."""
+        return len(self.urls)
+
+    def __len__(self) -> int:
+        if not self.is_local:
+            raise ValueError(f"how many pictures {self.name} holds is not known: set epoch_size")
+        return self._index.count
+
+    @property
+    def fingerprint(self) -> str:
+        """Of names, sizes and times of all files in the shards; of the addresses if some are not local."""
+        return (
+            self._index.digest if self.is_local else hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
+        )
+
+    @cached_property
+    def _index(self) -> _Index:
+        """A scan of all headers, which takes a while: done when first needed."""
+        count, num_classes, digest = 0, 0, hashlib.sha256()
+        for url in self.urls:
+            for files in _headers(url):
+                count += 1
+                with suppress(ValueError):  # one that is unreadable is left out when it is read
+                    label = _label(files)
+                    num_classes = max(num_classes, 0 if label is None else label + 1)
+                described = {name: value for name, value in files.items() if name != "__url__"}
+                digest.update(repr(sorted(described.items())).encode(errors="backslashreplace"))
+        return _Index(count, num_classes, digest.hexdigest())
+
+    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+        """The samples of a shard; see `Source.read`."""
+        samples = self.raw(part)
+        return map(self.decode, samples if order is None else shuffled(samples, order))
+
+    def raw(self, part: int) -> Iterator[RawSample | Unreadable]:
+        """The samples of a shard, not decoded; where the shard itself is damaged, an Unreadable says so.
+
+        Args:
+            part: index of the shard.
+        """
+        errors: list[Exception] = []
+
+        def note(error: Exception) -> bool:
+            errors.append(error)
+            return True  # = go on
+
+        url = self.urls[part]
+        address = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
+        for sample in wds.DataPipeline(wds.SimpleShardList([address]), wds.tarfile_to_samples(handler=note)):
+            yield {**sample, "__url__": url}
+        # of an error's arguments some are WebDataset's: the stream and the name of the shard
+        for error in errors[:1]:
+            reason = ": ".join(part for part in error.args if isinstance(part, str)) or repr(error)
+            yield Unreadable(_shard_name(url), f"the shard is damaged or out of reach: {reason}")
+
+    def decode(self, raw: RawSample | Unreadable) -> Sample | Unreadable:
+        """A sample of what `raw` gives."""
+        if isinstance(raw, Unreadable):
+            return raw
+        key = f"{_shard_name(raw['__url__'])}/{raw['__key__']}"
+        key = key.encode(errors="backslashreplace").decode()  # of names that are no text
+        suffix = next((suffix for suffix in PICTURE_SUFFIXES if suffix in raw), None)
+        if suffix is None:
+            return Unreadable(key, f"it has no picture ({', '.join(PICTURE_SUFFIXES)})")
+        try:
+            captions, label = _captions(raw), _label(raw)
+        except (ValueError, RecursionError) as error:
+            return Unreadable(key, " ".join(str(error).split()))
+        if self.classes and label is None:
+            return Unreadable(key, "it has no label (cls), unlike the first picture of the shards")
+        return decode(key, BytesIO(raw[suffix]), captions, label)
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        """The captions of each sample in order; () where they cannot be read."""
+        for part in range(self.num_parts):
+            for raw in self.raw(part):
+                if not isinstance(raw, Unreadable):
+                    try:
+                        captions = _captions(raw)
+                    except (ValueError, RecursionError):
+                        captions = ()
+                    yield captions
+
+
+def is_shard(spec: str) -> bool:
+    """Whether a path, pattern or address is one of tar files."""
+    return spec.startswith(REMOTE) or spec.lower().endswith(TAR_SUFFIXES)
+
+
+def open_shards(specs: Sequence[str]) -> Shards:
+    """Find the tar files.
+
+    Args:
+        specs: paths, patterns with `*` or {000..099}, and addresses.
 
     Returns:
-        The files, sorted.
+        The source; its shards are in the order of the patterns.
 
     Raises:
         FileNotFoundError: if a pattern matches nothing.
+        ValueError: if a pattern stands for too many, or local shards hold no samples.
     """
-    shards: list[str] = []
-    for pattern in patterns:
-        found = sorted(glob(pattern))
-        if not found:
-            raise FileNotFoundError(
-                f"no shards match {pattern}: "
-                "point data.train_shards and data.val_shards at WebDataset .tar files"
-            )
-        shards += found
+    urls = [url for spec in specs for url in _expand(spec)]
+    name = specs[0] if len(specs) == 1 else f"{specs[0]} and {len(specs) - 1:,} more"
+    shards = Shards(name, urls)
+    if shards.is_local and next((1 for url in urls if next(_headers(url), None)), None) is None:
+        raise ValueError(
+            f"no pictures in {name}: expected tar files with KEY.png, KEY.jpg, ... beside KEY.json"
+        )
+    logger.info(
+        "read %s as %s shard%s%s",
+        name,
+        f"{len(urls):,}",
+        "s" * (len(urls) != 1),
+        f" with {len(shards.classes):,} classes" if shards.classes else "",
+    )
     return shards
 
 
-def decode_sample(sample: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """One tar entry to a training sample.
+def _expand(spec: str) -> list[str]:
+    """The files or addresses that a pattern stands for."""
+    if spec.startswith("pipe:"):
+        return [spec]  # braces and stars are the shell's
+    expanded = list(islice(braceexpand(spec), MAX_SHARDS + 1))
+    if len(expanded) > MAX_SHARDS:
+        raise ValueError(f"{spec} stands for more than {MAX_SHARDS:,} shards: is a number mistyped?")
+    if spec.startswith(REMOTE):
+        return expanded
+    found: list[str] = []
+    for pattern in expanded:
+        path = str(Path(pattern).expanduser().absolute())
+        matches = sorted(glob(path)) if has_magic(path) and not Path(path).exists() else [path]
+        if not all(Path(match).is_file() for match in matches) or not matches:
+            raise FileNotFoundError(f"no shards match {pattern}: expected WebDataset .tar files")
+        found += matches
+    return found
 
-    Args:
-        sample: bytes by suffix, as WebDataset groups them.
-        image_size: side in pixels that the image is resized and cropped to.
 
-    Returns:
-        `images` (3, H, W) in [-1, 1] and `captions`, a list of strings, empty where the entry has none.
+def shuffled(samples: Iterator[Any], rng: random.Random) -> Iterator[Any]:
+    """WebDataset's shuffle, which holds a part of the samples in memory."""
+    return wds.shuffle(SHUFFLE_BUFFER, rng=rng)(samples)  # type: ignore[no-any-return]
 
-    Raises:
-        ValueError: if there is no image, or the entry is damaged.
-    """
-    where = f"sample {sample['__key__']} of {sample['__url__']}"
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-    if suffix is None:
-        raise ValueError(f"{where} has no image ({', '.join(IMAGE_SUFFIXES)})")
+
+def _headers(path: str) -> Iterator[RawSample]:
+    """The samples of a local shard, with sizes and times instead of contents (save for labels)."""
+
+    def members() -> Iterator[dict[str, Any]]:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isreg():
+                    is_label = member.name.lower().endswith(".cls") and member.size < 99
+                    file = tar.extractfile(member) if is_label else None
+                    content = file.read() if file else f"{member.size} {member.mtime}"
+                    yield {"fname": member.name, "data": content, "__url__": path}
+
     try:
-        image = on_white(Image.open(io.BytesIO(sample[suffix])))
-        captions = json.loads(sample.get("json", "{}")).get("captions", [])
-        "".join(captions).encode()  # text that no tokenizer reads: halves of surrogate pairs
-    except Exception as error:  # a damaged file fails in any of a dozen ways
-        raise ValueError(f"{where} is damaged: {error}") from error
-    if not isinstance(captions, list):
-        raise ValueError(f"{where}: captions must be a list of strings, got {captions!r}")
-    return {"images": to_tensor(fit(image, (image_size, image_size))), "captions": captions}
+        yield from wds.tariterators.group_by_keys(members(), handler=wds.ignore_and_continue)
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+        logger.warning("%s is damaged: %s", path, error)
 
 
-def shard_dataset(shards: Sequence[str], image_size: int, *, shuffle: int) -> Any:
-    """An iterable dataset over shards.
-
-    Args:
-        shards: tar files; the workers of a DataLoader share them out.
-        image_size: side in pixels.
-        shuffle: size of the shuffle buffer; 0 = in order. torch's generator decides the order.
-
-    Returns:
-        Yields samples as `decode_sample` makes them; broken ones are skipped with a warning.
-    """
-    return wds.DataPipeline(
-        wds.SimpleShardList(list(shards)),
-        wds.split_by_worker,
-        partial(_shuffled, buffer_size=len(shards) if shuffle else 0),
-        wds.tarfile_to_samples(handler=_skip_and_warn),
-        partial(_shuffled, buffer_size=shuffle),
-        wds.map(partial(decode_sample, image_size=image_size), handler=_skip_and_warn),
-    )
+def _captions(raw: RawSample) -> tuple[str, ...]:
+    """Those of KEY.json, or else the lines of KEY.txt."""
+    metadata = json.loads(raw["json"]) if "json" in raw else {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its JSON must be an object, got {metadata!r:.80}")
+    captions = clean_captions(metadata.get("captions", metadata.get("caption")))
+    if not captions and "txt" in raw:
+        captions = clean_captions(raw["txt"].decode("utf-8-sig").split("\n"))
+    return captions
 
 
-def _shuffled(samples: Iterator[Any], buffer_size: int) -> Iterator[Any]:
-    """WebDataset's shuffle, in another order in each epoch and worker, all of which follow from one seed."""
-    if buffer_size == 0:
-        return samples
-    rng = random.Random(int(torch.randint(1 << 62, ())))
-    return wds.shuffle(buffer_size, rng=rng)(samples)  # type: ignore[no-any-return]
+def _label(raw: RawSample) -> int | None:
+    """That of KEY.cls."""
+    if "cls" not in raw:
+        return None
+    label = int(raw["cls"])
+    if not 0 <= label < MAX_LABEL:
+        raise ValueError(f"its label (cls) must be in [0, {MAX_LABEL}), got {label}")
+    return label
 
 
-def _skip_and_warn(error: Exception) -> bool:
-    """A WebDataset handler: True = go on."""
-    # of its arguments some are WebDataset's: the stream and the name of the shard
-    reason = ": ".join(part for part in error.args if isinstance(part, str))
-    logger.warning("skipped what cannot be read: %s", reason or repr(error))
-    return True
-
-
-class ImageShards(pl.LightningDataModule):
-    """Images of WebDataset shards, for training a tokenizer.
-
-    Args:
-        train_shards: files or patterns.
-        val_shards: files or patterns, never trained on.
-        image_size: side in pixels, >= 1.
-        batch_size: images per step, >= 1.
-        num_workers: processes that read ahead, >= 0; no more than there are shards.
-    """
-
-    def __init__(
-        self,
-        train_shards: list[str],
-        val_shards: list[str],
-        image_size: int = 64,
-        batch_size: int = 32,
-        num_workers: int = 1,
-    ) -> None:
-        super().__init__()
-        if image_size < 1 or batch_size < 1 or num_workers < 0:
-            raise ValueError(
-                "image_size and batch_size must be at least 1 and num_workers at least 0, "
-                f"got {image_size}, {batch_size} and {num_workers}"
-            )
-        self.train_shards = train_shards
-        self.val_shards = val_shards
-        self.image_size = image_size
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-
-    def setup(self, stage: str) -> None:
-        """Make sure that there is something to read: training on nothing would go on for ever.
-
-        Args:
-            stage: of the Trainer.
-
-        Raises:
-            FileNotFoundError: if a pattern matches nothing.
-            ValueError: if the shards hold no readable image, or there are several devices.
-        """
-        if self.trainer is not None and self.trainer.world_size > 1:
-            raise ValueError(
-                f"shards are not shared out among devices yet, got {self.trainer.world_size}: "
-                "set trainer.devices to 1"
-            )
-        for patterns in (self.train_shards, self.val_shards):
-            dataset = shard_dataset(find_shards(patterns), self.image_size, shuffle=0)
-            if next(iter(dataset), None) is None:
-                raise ValueError(
-                    f"no readable image in {', '.join(patterns)}: expected WebDataset .tar files with "
-                    f"KEY.{' or KEY.'.join(IMAGE_SUFFIXES)}"
-                )
-
-    def train_dataloader(self) -> Any:
-        """Shuffled batches with `images` (B, 3, H, W)."""
-        return self._loader(self.train_shards, shuffle=SHUFFLE_BUFFER)
-
-    def val_dataloader(self) -> Any:
-        """Batches in order."""
-        return self._loader(self.val_shards, shuffle=0)
-
-    def _loader(self, patterns: list[str], *, shuffle: int) -> Any:
-        shards = find_shards(patterns)
-        dataset = shard_dataset(shards, self.image_size, shuffle=shuffle).compose(wds.map(_only_images))
-        workers = min(self.num_workers, len(shards))
-        return DataLoader(dataset, batch_size=self.batch_size, num_workers=workers)
-
-
-def _only_images(sample: dict[str, Any]) -> dict[str, Any]:
-    return {"images": sample["images"]}
+def _shard_name(url: str) -> str:
+    """Without the directory, which may differ from machine to machine."""
+    return url.rstrip("/").rpartition("/")[2] if not url.startswith("pipe:") else url

@@ -1,0 +1,188 @@
+"""Captioned pictures from anywhere: what a source gives, and how its kind is told from what a user names."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image, UnidentifiedImageError
+
+from mindalle.image import on_white
+
+logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+"""Of files that are taken for pictures, in any case of letters."""
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What Pillow may take them for: it also knows formats that are programs, such as EPS, and would run them."""
+
+MAX_ASPECT = 100
+"""Longer side / shorter side: resized by its shorter side, a line of pixels would fill the memory."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and what is known of it."""
+
+    key: str  # where it came from: unique in its source, the same on every machine
+    image: Image.Image  # RGB, upright, transparency on white
+    captions: tuple[str, ...]  # stripped, none empty; () without
+    label: int | None  # index in the source's classes; None without
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that is listed but cannot be read."""
+
+    key: str  # as of a sample
+    reason: str  # one line
+
+
+class Source(Protocol):
+    """Captioned pictures in a fixed order, cut into parts that can be read independently."""
+
+    @property
+    def name(self) -> str:
+        """What the user named."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the labels; () if the pictures have none."""
+
+    @property
+    def num_parts(self) -> int:
+        """Independent pieces: ranges of a folder's files, or one shard each."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of what is listed: it changes when a picture or caption comes, goes or changes."""
+
+    def __len__(self) -> int:
+        """Samples as listed; unreadable ones count."""
+
+    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+        """The samples of a part, read and decoded one by one.
+
+        Args:
+            part: in [0, num_parts).
+            order: shuffles them; None = as listed.
+        """
+
+    def captions(self) -> Iterator[tuple[str, ...]]:
+        """The captions of each listed sample in order, without decoding pictures; () where it has none."""
+
+
+def open_source(spec: str | Sequence[str]) -> Source:
+    """Find out what is named and list it.
+
+    Args:
+        spec: a directory (with a captions file, with a .txt beside each picture, of class folders, or of
+            pictures), a captions file, or WebDataset shards: .tar files, patterns with `*` or {000..099},
+            http(s)://, s3:// and gs:// addresses, pipe: commands, or a list of these.
+
+    Returns:
+        The source; what it is taken for is logged.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no pictures, or its captions cannot be understood.
+    """
+    # the kinds are built from what this file defines
+    from mindalle.data.folders import open_folder
+    from mindalle.data.shards import is_shard, open_shards
+
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    if not specs or not all(isinstance(one, str) and one for one in specs):
+        raise ValueError(f"pictures must be named by a path, a pattern or a list of shards, got {spec!r}")
+    if all(map(is_shard, specs)):
+        return open_shards(specs)
+    if len(specs) > 1:
+        stranger = next(one for one in specs if not is_shard(one))
+        raise ValueError(
+            f"a list of sources may only hold shards (.tar), got {stranger!r}: name a single directory, "
+            "or put the pictures into one"
+        )
+    path = Path(specs[0]).expanduser()
+    if path.is_dir() and (shards := sorted(map(str, path.glob("*.tar")))):
+        return open_shards(shards)
+    return open_folder(path)
+
+
+def decode(
+    key: str, file: Path | BytesIO, captions: tuple[str, ...], label: int | None
+) -> Sample | Unreadable:
+    """Decode a picture file, whatever it really holds.
+
+    Args:
+        key: of the sample.
+        file: path or contents.
+        captions: cleaned.
+        label: or None.
+
+    Returns:
+        The sample, or why there is none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow's, about large pictures (it refuses huge ones) and odd tags
+            with Image.open(file, formats=PICTURE_FORMATS) as image:
+                if max(image.size) > MAX_ASPECT * min(image.size):
+                    width, height = image.size
+                    return Unreadable(key, f"{width} x {height} pixels is no picture but a line")
+                return Sample(key, on_white(image), captions, label)
+    except FileNotFoundError:
+        return Unreadable(key, "there is no such file")
+    except UnidentifiedImageError:
+        return Unreadable(key, "not a picture of a known format: expected PNG, JPEG, WebP, ...")
+    except Exception as error:  # a damaged file fails in any of a dozen ways
+        return Unreadable(key, " ".join(f"not a readable picture: {error}".split()))
+
+
+def clean_captions(captions: object) -> tuple[str, ...]:
+    """What a file has as captions: one text, a list of texts, or null.
+
+    Args:
+        captions: as parsed.
+
+    Returns:
+        The texts, stripped, without empty ones.
+
+    Raises:
+        ValueError: if they are anything else, or no tokenizer can read them.
+    """
+    listed = [] if captions is None else captions if isinstance(captions, list) else [captions]
+    texts: list[str] = []
+    for text in listed:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"captions must be text, got {text!r:.80}: expected a string or a list of strings"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can write it
+            raise ValueError(f"captions must be valid Unicode, got {text!r:.80}") from error
+        texts.append(text.strip())
+    return tuple(filter(None, texts))
+
+
+def seed_of(*place: object) -> int:
+    """The seed of a random choice, a function of where it is made and of nothing else.
+
+    Args:
+        place: such as seed, epoch and key.
+
+    Returns:
+        The first 8 bytes, big-endian, of SHA-256 of the place joined by "/", shifted right to 63 bits.
+    """
+    digest = hashlib.sha256("/".join(map(str, place)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
