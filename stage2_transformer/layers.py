@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stage2_transformer.cache import DecodeStep, KVCache, PromptStep
 
@@ -111,9 +112,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks, without embeddings and without a final norm."""
 
+    recomputes_blocks: bool
+    """Gradient checkpointing (Chen et al. 2016): while training, only the inputs of blocks are kept for the
+    backward pass, which computes the rest again; less memory, a third more work and the same gradients."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputes_blocks = False
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
@@ -137,8 +143,12 @@ class Transformer(nn.Module):
         Returns:
             (B, n, C); causal, entry i depends on entries up to i only.
         """
+        recomputes = self.recomputes_blocks and self.training and step is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, step)
+            if recomputes:  # with the random numbers of the first time, so that dropout is the same
+                x = checkpoint(block, x, layer, None, use_reentrant=False, preserve_rng_state=True)
+            else:
+                x = block(x, layer, step)
         return x
 
 

@@ -1,0 +1,113 @@
+"""Starting the training of a sequence model from a pretrained one, also for another condition."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from checkpoint_io import config_to_mapping
+from mindalle.checkpoint import load_checkpoint
+from mindalle.hub import resolve_model
+from stage2_transformer import GPT, ConditionConfig, GPTConfig, RQTransformer, RQTransformerConfig
+
+logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", GPT, RQTransformer)
+
+OF_CONDITION = ("condition.", "text_head.", "text_norm.")
+"""How the names begin of what reads and predicts a condition, and is of no use for another one."""
+
+
+def starting_model(
+    cls: type[ModelT],
+    config: GPTConfig | RQTransformerConfig | None,
+    *,
+    condition: ConditionConfig | None = None,
+    pretrained: str | None = None,
+) -> ModelT:
+    """A new model, or a copy of a pretrained one.
+
+    Args:
+        cls: of the model.
+        config: of the model; None = the pretrained model's.
+        condition: replaces the pretrained model's.
+        pretrained: bundled name, path or release; None = random weights.
+
+    Returns:
+        The model, in training mode, float32, on the CPU. With a pretrained one of the same condition all
+        weights are its own; with another one all but those of the condition, which start fresh. A codebook
+        that the model reads is the pretrained's, or of zeros for now.
+
+    Raises:
+        ValueError: if the arguments contradict each other, or the pretrained model's architecture is another.
+    """
+    if condition is not None and (config is not None or pretrained is None):
+        raise ValueError(
+            "condition replaces the one of a pretrained model: give it with pretrained and without config, "
+            "or as config.condition"
+        )
+    if pretrained is None:
+        if config is None:
+            raise ValueError("a sequence model needs a config, or the name of a model as pretrained")
+        return _new_model(cls, config)
+    source = load_checkpoint(resolve_model(pretrained)).model
+    if not isinstance(source, cls):
+        found = "no sequence model" if source is None else f"a {type(source).__name__}"
+        raise ValueError(f"pretrained: {pretrained} holds {found}, expected a {cls.__name__}")
+    if config is None:
+        config = source.config if condition is None else replace(source.config, condition=condition)
+    differing = _differing_fields(config, source.config)
+    if differing:
+        raise ValueError(
+            f"the config is not that of the pretrained model {pretrained}: {'; '.join(differing)}. Leave "
+            "config out to take the pretrained's; only condition and dropout may differ"
+        )
+    model = _new_model(cls, config, source.codebook if isinstance(source, RQTransformer) else None)
+    _transfer(model, source, pretrained)
+    return model
+
+
+def _new_model(cls: type[ModelT], config: Any, codebook: torch.Tensor | None = None) -> ModelT:
+    if isinstance(config, RQTransformerConfig) and config.has_codebook and codebook is None:
+        codebook = torch.zeros(config.depth, max(config.codebook_sizes), config.codebook_width)
+    arguments = (config, codebook) if cls is RQTransformer else (config,)
+    return cls(*arguments)
+
+
+def _differing_fields(config: Any, other: Any) -> list[str]:
+    """What keeps the weights of one model from fitting another: dropout and condition do not."""
+    ours, theirs = _flat(config_to_mapping(config)), _flat(config_to_mapping(other))
+    return [
+        f"{name} is {ours[name]}, the pretrained's {theirs[name]}"
+        for name in ours
+        if ours[name] != theirs[name] and not name.startswith("condition.") and not name.endswith("_dropout")
+    ]
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _transfer(model: GPT | RQTransformer, source: GPT | RQTransformer, name: str) -> None:
+    """Copy all weights, or where the conditions differ all but the condition's."""
+    is_same = model.config.condition == source.config.condition
+    kept = {
+        key: tensor
+        for key, tensor in source.state_dict().items()
+        if is_same or not key.startswith(OF_CONDITION)
+    }
+    missing, unexpected = model.load_state_dict(kept, strict=False)
+    fresh = [key for key in model.state_dict() if not is_same and key.startswith(OF_CONDITION)]
+    # equal configs have equal parameters: anything else is a mistake in OF_CONDITION
+    assert sorted(missing) == sorted(fresh), missing
+    assert not unexpected, unexpected
+    logger.info(
+        "took %d tensors from the pretrained %s; start fresh: %s", len(kept), name, ", ".join(fresh) or "none"
+    )
