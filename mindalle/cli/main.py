@@ -12,6 +12,8 @@ COMMANDS = {
     "convert": ("mindalle.cli.convert", "any known checkpoint to a native one"),
     "train": ("mindalle.cli.train", "train a model with Lightning"),
     "export": ("mindalle.cli.export", "finished training runs to a native checkpoint"),
+    "encode": ("mindalle.cli.encode", "pictures to codes, once, for training a sequence model"),
+    "train-tokenizer": ("mindalle.cli.train_tokenizer", "captions to a text tokenizer"),
 }
 
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {command:<12} {summary}" for command, (_, summary) in COMMANDS.items()]
+    lines = [f"  {command:<16} {summary}" for command, (_, summary) in COMMANDS.items()]
     return "\n".join(["usage: mindalle COMMAND ...  (mindalle COMMAND --help says more)", "", *lines])
 
 

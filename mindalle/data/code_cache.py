@@ -1,27 +1,84 @@
-"""The code cache: a captioned data set encoded once, as uint16 arrays beside a header and its captions."""
+"""The code cache: a data set encoded once. What its files are, what they belong to, and how they are read.
+
+    plan.json                 what the parts belong to, written first
+    part-00000.npy            codes uint16 (n, K, *code_shape) of the n pictures of a part, K crops of each
+    part-00000.latents.npy    if asked for: latents float16 (n, K, C, h, w), before quantisation
+    part-00000.jsonl          a line for each picture: {"key", "captions", "label"}
+    part-00000.unreadable     if there are any: a line for each picture that was skipped, {"key", "reason"}
+    header.json               the plan and the counts, written last
+
+`mindalle.data.encoding` writes it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from checkpoint_io import CheckpointError
-from stage1_vqgan import ImageTokenizer
+from checkpoint_io import CheckpointError, config_from_mapping
+from mindalle.hub import resolve_model
+from mindalle.run import load_image_tokenizer
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
-FORMAT = "mindalle-codes-1"
-ROWS_PER_FILE = 8192
+T = TypeVar("T")
+FORMAT = "mindalle-codes-2"
+PLAN, HEADER = "plan.json", "header.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """What all parts of a cache have in common: parts of different plans do not mix."""
+
+    format: str = FORMAT
+    tokenizer: str  # SHA-256 that identifies the image tokenizer
+    codebook_size: int  # V, at most 65536
+    code_shape: tuple[int, ...]  # of one crop
+    num_crops: int  # K; crop 0 is the evaluation's
+    has_latents: bool
+    transform: dict[str, Any]  # fields of the TransformConfig
+    seed: int  # of the crops
+    source: str  # fingerprint of the pictures and captions
+    num_parts: int
+    classes: tuple[str, ...]  # names of the labels
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "code_shape", tuple(self.code_shape))
+        object.__setattr__(self, "classes", tuple(self.classes))
+
+    def differences(self, other: CachePlan) -> list[str]:
+        """What another plan has otherwise: "num_crops: 1 there, 4 wanted"."""
+        mine, theirs = asdict(self), asdict(other)
+        return [
+            f"{name}: {short(theirs[name])} there, {short(mine[name])} wanted"
+            for name in mine
+            if mine[name] != theirs[name]
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheHeader:
+    """A plan that was carried out."""
+
+    plan: CachePlan
+    count: int  # pictures
+    num_unreadable: int  # pictures that were skipped, not in `count`
+    num_without_captions: int  # pictures of `count`
+    num_classes: int  # largest label + 1, at least the plan's; 0 if some picture has no label
+
+
+def short(value: Any) -> str:
+    """A value for a message, hashes cut."""
+    text = str(value)
+    return f"{text[:12]}..." if isinstance(value, str) and len(text) == 64 else text
 
 
 def file_hash(path: str | Path) -> str:
@@ -33,155 +90,204 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_code_cache(
-    directory: str | Path,
-    samples: Iterable[Mapping[str, Any]],
-    tokenizer: ImageTokenizer,
-    *,
-    tokenizer_hash: str,
-    batch_size: int = 64,
-) -> None:
-    """Encode images and write them to a new cache; the directory appears only when it is whole.
+def identified_tokenizer(name: str) -> tuple[QuantizedAutoencoder, str]:
+    """Load an image tokenizer and tell what identifies it.
 
     Args:
-        directory: to create.
-        samples: mappings with `images` (3, H, W) in [-1, 1] and `captions`, a list of strings.
-        tokenizer: V at most 65536, since codes are stored as uint16.
-        tokenizer_hash: identifies the tokenizer in the header.
-        batch_size: images encoded at once, >= 1.
+        name: see `mindalle.run.load_image_tokenizer`.
+
+    Returns:
+        The tokenizer, and in hex the SHA-256 of its weights: of the file of a native checkpoint, of names and
+        values for all others, whose files hold other things besides.
 
     Raises:
-        FileExistsError: if the directory exists.
-        ValueError: if V is too large or there are no samples.
+        FileNotFoundError: if there is nothing of that name.
+        CheckpointError: if it is no image tokenizer.
     """
-    directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists: remove it to encode again")
-    if tokenizer.codebook_size > 1 << 16:
-        raise ValueError(
-            f"codes are stored as uint16, so V must be at most 65536, got {tokenizer.codebook_size}"
-        )
-    building = directory.with_name(directory.name + ".building")
-    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed
-    building.mkdir(parents=True)
-    try:
-        count = _encode(building, samples, tokenizer, batch_size)
-        if not count:
-            raise ValueError(f"no samples to encode into {directory}: are the shards readable?")
-        header = {
-            "format": FORMAT,
-            "tokenizer": tokenizer_hash,
-            "codebook_size": tokenizer.codebook_size,
-            "code_shape": list(tokenizer.code_shape),
-            "count": count,
-        }
-        (building / "header.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
-        building.rename(directory)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    tokenizer = load_image_tokenizer(name)
+    native = resolve_model(name) / "image_tokenizer.safetensors"
+    if native.is_file():
+        return tokenizer, file_hash(native)
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return tokenizer, digest.hexdigest()
 
 
-def _encode(
-    directory: Path, samples: Iterable[Mapping[str, Any]], tokenizer: ImageTokenizer, batch_size: int
-) -> int:
-    """Write the files of codes and the captions; returns how many samples there were."""
-    count = 0
-    pending: list[Tensor] = []
-    with (directory / "captions.jsonl").open("w", encoding="utf-8") as captions:
-        for batch in tqdm(_batches(samples, batch_size), desc="encoding", unit="batch"):
-            with torch.inference_mode():
-                pending.append(tokenizer.encode(torch.stack([sample["images"] for sample in batch])).cpu())
-            captions.writelines(json.dumps(sample["captions"]) + "\n" for sample in batch)
-            count += len(batch)
-            if sum(map(len, pending)) >= ROWS_PER_FILE:
-                _write_rows(directory, pending)
-    if pending:
-        _write_rows(directory, pending)
-    return count
+def read_plan(directory: Path) -> CachePlan:
+    """The plan of a cache, finished or not; raises CheckpointError if it is damaged."""
+    return _read_json(directory / PLAN, CachePlan)
 
 
-def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(samples)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def read_header(directory: Path) -> CacheHeader:
+    """The header of a finished cache; raises CheckpointError if it is damaged."""
+    return _read_json(directory / HEADER, CacheHeader)
 
 
-def _write_rows(directory: Path, pending: list[Tensor]) -> None:
-    number = len(list(directory.glob("codes-*.npy")))
-    np.save(directory / f"codes-{number:05d}.npy", torch.cat(pending).numpy().astype(np.uint16))
-    pending.clear()
+@dataclass(frozen=True)
+class CachedPicture:
+    """What a cache knows of a picture besides its codes."""
+
+    key: str
+    captions: tuple[str, ...]
+    label: int | None
 
 
-class CodeCache(Dataset[dict[str, Any]]):
-    """A cache as a data set of `codes` int64 (*code_shape) and `captions`.
+class CodeCache:
+    """A finished cache; its files are mapped, not read, so that it may be larger than the memory.
 
     Args:
-        directory: that `write_code_cache` made.
-        tokenizer_hash: of the tokenizer the codes must come from.
+        directory: that `encode_source` made.
+        tokenizer_hash: of the tokenizer that the codes must come from.
 
     Raises:
-        FileNotFoundError: if there is no cache.
-        CheckpointError: if the cache is damaged or from another tokenizer.
+        FileNotFoundError: if there is no finished cache.
+        CheckpointError: if it is damaged or from another tokenizer.
     """
 
     def __init__(self, directory: str | Path, *, tokenizer_hash: str) -> None:
-        directory = Path(directory)
-        if not (directory / "header.json").is_file():
-            raise FileNotFoundError(f"no code cache at {directory}: it has no header.json")
-        try:
-            header = json.loads((directory / "header.json").read_text(encoding="utf-8"))
-            _check_header(header, tokenizer_hash)
-            self.codes = _read_rows(directory, header)
-            self.captions = _read_captions(directory)
-            if not header["count"] == len(self.codes) == len(self.captions):
-                raise ValueError(
-                    f"{header['count']} images in the header, {len(self.codes)} rows of codes, "
-                    f"{len(self.captions)} of captions"
-                )
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise CheckpointError(
-                f"the code cache {directory} is not usable: {reason}; remove it to encode again"
-            ) from error
+        self.directory = Path(directory)
+        self.tokenizer_hash = tokenizer_hash
+        if not (self.directory / HEADER).is_file():
+            is_begun = (self.directory / PLAN).is_file()
+            raise FileNotFoundError(
+                f"no code cache at {directory}: it has no {HEADER}"
+                + ("; its encoding did not finish: encode again to go on" if is_begun else "")
+            )
+        self.header = read_header(self.directory)
+        self.plan = self.header.plan
+        if self.plan.tokenizer != tokenizer_hash:
+            raise unusable(
+                self.directory,
+                f"it was encoded by another image tokenizer (SHA-256 {short(self.plan.tokenizer)}, "
+                f"expected {short(tokenizer_hash)})",
+            )
+        parts = [_Part(self.directory, number, self.plan) for number in range(self.plan.num_parts)]
+        self.parts = [part for part in parts if len(part.codes)]
+        self._starts = np.cumsum([0, *(len(part.codes) for part in self.parts)])
+        if len(self) != self.header.count:
+            raise unusable(
+                self.directory, f"{self.header.count} pictures in the header, {len(self)} in the parts"
+            )
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """`codes` int64 (*code_shape) and `captions` of one image."""
-        return {
-            "codes": torch.from_numpy(self.codes[index].astype(np.int64)),
-            "captions": self.captions[index],
-        }
+    def __reduce__(self) -> Any:
+        """Processes get the name, not what is mapped."""
+        return partial(CodeCache, tokenizer_hash=self.tokenizer_hash), (self.directory,)
+
+    def picture(self, index: int) -> CachedPicture:
+        """Key, captions and label of a picture; raises CheckpointError if they are damaged."""
+        part, row = self._find(index)
+        return part.picture(row)
+
+    def codes(self, index: int, crop: int) -> Tensor:
+        """Codes int64 (*code_shape) of a crop of a picture; raises CheckpointError if they are damaged."""
+        part, row = self._find(index)
+        codes = part.codes[row, crop].astype(np.int64)
+        if int(codes.max()) >= self.plan.codebook_size:
+            raise unusable(
+                self.directory,
+                f"codes must be in [0, {self.plan.codebook_size}), got {codes.max()}",
+                part.name,
+            )
+        return torch.from_numpy(codes)
+
+    def latents(self, index: int, crop: int) -> Tensor:
+        """Latents float16 (C, h, w) of a crop of a picture."""
+        part, row = self._find(index)
+        assert part.latents is not None, "has_latents was not looked at"
+        return torch.from_numpy(part.latents[row, crop].copy())
+
+    def _find(self, index: int) -> tuple[_Part, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be in [0, {len(self)}), got {index}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[number], index - int(self._starts[number])
 
 
-def _check_header(header: Mapping[str, Any], tokenizer_hash: str) -> None:
-    if header["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}, got {header['format']!r}")
-    if header["tokenizer"] != tokenizer_hash:
-        raise ValueError(
-            f"it was encoded by another image tokenizer (SHA-256 {str(header['tokenizer'])[:12]}..., "
-            f"expected {tokenizer_hash[:12]}...)"
+def part_path(directory: Path, number: int, suffix: str = ".npy") -> Path:
+    """A file of a part; the one of the codes is written last."""
+    return directory / f"part-{number:05d}{suffix}"
+
+
+class _Part:
+    """The mapped files of a part."""
+
+    def __init__(self, directory: Path, number: int, plan: CachePlan) -> None:
+        self.directory, self.name = directory, part_path(directory, number).stem
+        codes = self._map(part_path(directory, number), np.uint16)
+        self._check(codes, (len(codes), plan.num_crops, *plan.code_shape))
+        self.codes = codes
+        self.latents = None
+        if plan.has_latents:
+            self.latents = self._map(part_path(directory, number, ".latents.npy"), np.float16)
+            channels = self.latents.shape[2:3]
+            self._check(self.latents, (len(codes), plan.num_crops, *channels, *plan.code_shape[:2]))
+        # where each line begins, and the end
+        self.lines, self.places = self._map_lines(part_path(directory, number, ".jsonl"))
+        if len(self.places) - 1 != len(codes) or self.places[-1] != len(self.lines):
+            raise unusable(
+                directory,
+                f"{len(codes)} rows of codes, {len(self.places) - 1} whole lines of captions",
+                self.name,
+            )
+
+    def _map(self, path: Path, dtype: type[np.generic]) -> NDArray[Any]:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.dtype != dtype or not array.ndim:
+                raise ValueError(f"expected {dtype.__name__}, got {array.dtype} {list(array.shape)}")
+        except (OSError, EOFError, ValueError) as error:
+            raise unusable(self.directory, f"{path.name}: {error}", self.name) from error
+        return array  # type: ignore[no-any-return]
+
+    def _check(self, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+        if array.shape != shape:
+            raise unusable(
+                self.directory, f"expected shape {list(shape)}, got {list(array.shape)}", self.name
+            )
+
+    def _map_lines(self, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        try:
+            # numpy refuses to map an empty file
+            lines = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        except (OSError, ValueError) as error:
+            raise unusable(self.directory, str(error), self.name) from error
+        return lines, np.concatenate([[0], np.flatnonzero(lines == ord("\n")) + 1])
+
+    def picture(self, row: int) -> CachedPicture:
+        line = self.lines[self.places[row] : self.places[row + 1]].tobytes()
+        try:
+            found = json.loads(line)
+            return CachedPicture(found["key"], tuple(found["captions"]), found["label"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise unusable(self.directory, f"line {row + 1} of its captions: {error!r}", self.name) from error
+
+
+def unusable(directory: Path, reason: str, part: str | None = None) -> CheckpointError:
+    """The error of a damaged or foreign cache, with what to do about it."""
+    if part is None:
+        return CheckpointError(
+            f"the code cache {directory} is not usable: {reason}; remove it to encode again"
         )
+    return CheckpointError(
+        f"the code cache {directory} is not usable, {part} is damaged: {reason}; "
+        f"remove {part}.npy and {HEADER} to encode this part again"
+    )
 
 
-def _read_rows(directory: Path, header: Mapping[str, Any]) -> NDArray[np.uint16]:
-    """All codes (count, *code_shape)."""
-    files = sorted(directory.glob("codes-*.npy"))
-    if not files:
-        raise ValueError("it has no codes-*.npy")
-    codes: NDArray[np.uint16] = np.concatenate([np.load(file, allow_pickle=False) for file in files])
-    if list(codes.shape[1:]) != header["code_shape"] or codes.dtype != np.uint16:
-        raise ValueError(
-            f"expected uint16 codes of shape {header['code_shape']}, "
-            f"got {codes.dtype} {list(codes.shape[1:])}"
-        )
-    if int(codes.max()) >= header["codebook_size"]:
-        raise ValueError(f"codes must be in [0, {header['codebook_size']}), got {codes.max()}")
-    return codes
-
-
-def _read_captions(directory: Path) -> list[list[str]]:
-    # not splitlines(), which also splits at separators that may stand inside a caption, such as U+2028
-    lines = (directory / "captions.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+def _read_json(path: Path, cls: type[T]) -> T:
+    """A dataclass from its JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+        found = content.get("plan", content)
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, got {found!r:.80}")
+        return config_from_mapping(cls, content, where=path.name)
+    except (OSError, ValueError, RecursionError) as error:
+        raise unusable(path.parent, str(error)) from error

@@ -1,119 +1,286 @@
-"""The data module of stage 2: cached codes with one caption each, drawn anew every time."""
+"""The data module of stage 2: cached codes with one crop and one caption each, drawn anew in every epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import logging
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from mindalle.data.code_cache import CodeCache, file_hash, write_code_cache
-from mindalle.data.shards import find_shards, shard_dataset
+from mindalle.data.code_cache import (
+    HEADER,
+    PLAN,
+    CachePlan,
+    CodeCache,
+    identified_tokenizer,
+)
+from mindalle.data.code_items import Codes, Condition
+from mindalle.data.encoding import encode_source
+from mindalle.data.module import StreamData
+from mindalle.data.part_encoder import EncodingJob
+from mindalle.data.samples import open_source
+from mindalle.data.stream import Batch, Stream, StreamLoader
+from mindalle.data.transforms import TransformConfig
+from mindalle.run import load_image_tokenizer
 from mindalle.text import TextTokenizer
-from stage1_vqgan import load_tokenizer
+from stage1_vqgan.quantize import ResidualQuantizer
+
+logger = logging.getLogger(__name__)
+Split = Literal["train", "val"]
 
 
-class CachedCodes(pl.LightningDataModule):
-    """Codes and captions for training a text-conditional model.
+class CodeData(StreamData):
+    """Codes for training a sequence model; what is not encoded yet is, before training starts.
 
-    What is missing of the cache and the text tokenizer is made before training starts.
+    Batches have `codes` int64 (B, *code_shape), `cond`: text ids int64 (B, N) or labels int64 (B,), absent
+    without a condition, and `keys`, where each picture came from; with soft targets also `targets` float32
+    (B, *code_shape, V). Crops, captions and all else that is drawn are a function of seed, epoch and picture.
 
     Args:
-        image_tokenizer: native checkpoint directory of the tokenizer.
-        train_shards: WebDataset files or patterns.
-        val_shards: the same, never trained on.
-        cache_dir: where the codes go, one directory each for train and val.
-        text_tokenizer: `text_tokenizer.json`; trained on the training captions if there is none.
-        text_vocab_size: of a text tokenizer that is trained.
+        train: captioned pictures, see `mindalle.data.open_source`, or a cache that `mindalle encode` wrote.
+        val: the same, never trained on: crop 0 and the first caption of each; None = no validation.
+        image_tokenizer: training run, bundled name, path or release.
+        cache_dir: where codes go that are not encoded yet, `train` and `val` in it.
+        transform: how pictures become square; None = the image tokenizer's size, cut from the centre.
+        num_crops: K of each training picture: the centre, and random ones by `transform`.
+        condition: what the model reads: captions, labels, or nothing.
+        text_tokenizer: `text_tokenizer.json`, for captions.
         text_length: N, ids per caption.
         batch_size: images per step and device.
+        num_workers: processes that read ahead.
+        seed: of everything drawn.
+        bpe_dropout: chance that a merge of the text tokenizer is left out in training, in [0, 1].
+        soft_targets_temperature: of the distributions over codes that are to be predicted instead of the
+            codes, in squared units of the latents, > 0 (RQ-VAE only); None = the codes.
+        is_stochastic: draw the codes of training from these distributions, instead of taking the nearest.
+
+    Raises:
+        ValueError: if arguments contradict each other or are out of range.
     """
 
     def __init__(
         self,
+        train: str | list[str],
         image_tokenizer: str,
-        train_shards: list[str],
-        val_shards: list[str],
-        cache_dir: str,
-        text_tokenizer: str,
-        text_vocab_size: int = 2048,
-        text_length: int = 16,
+        val: str | list[str] | None = None,
+        cache_dir: str | None = None,
+        transform: TransformConfig | None = None,
+        num_crops: int = 1,
+        condition: Condition = "text",
+        text_tokenizer: str | None = None,
+        text_length: int = 64,
         batch_size: int = 64,
+        num_workers: int = 2,
+        seed: int = 0,
+        bpe_dropout: float = 0.0,
+        soft_targets_temperature: float | None = None,
+        is_stochastic: bool = False,
     ) -> None:
-        super().__init__()
-        self.image_tokenizer = Path(image_tokenizer)
-        self.shards = {"train": train_shards, "val": val_shards}
-        self.cache_dir = Path(cache_dir)
-        self.text_tokenizer_path = Path(text_tokenizer)
-        self.text_vocab_size = text_vocab_size
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if soft_targets_temperature is not None and soft_targets_temperature <= 0:
+            raise ValueError(f"soft_targets_temperature must be positive, got {soft_targets_temperature}")
+        if is_stochastic and soft_targets_temperature is None:
+            raise ValueError("is_stochastic draws from soft targets: set soft_targets_temperature")
+        if not 0 <= bpe_dropout <= 1:
+            raise ValueError(f"bpe_dropout must be in [0, 1], got {bpe_dropout}")
+        self.specs: dict[Split, str | list[str]] = {"train": train}
+        if val is not None:
+            self.specs["val"] = val
+        self.image_tokenizer = image_tokenizer
+        self.cache_dir = cache_dir
+        self.transform = transform
+        self.num_crops = num_crops
+        self.condition = condition
+        self.text_tokenizer_file = text_tokenizer
         self.text_length = text_length
-        self.batch_size = batch_size
+        self.bpe_dropout = bpe_dropout
+        self.temperature = soft_targets_temperature
+        self.is_stochastic = is_stochastic
+        self.caches: dict[Split, CodeCache] = {}
+        """Empty before `setup`."""
 
     def prepare_data(self) -> None:
-        """Encode the images and train the text tokenizer, whichever is not there yet."""
-        tokenizer, tokenizer_hash = load_tokenizer(self.image_tokenizer), self._tokenizer_hash()
-        for split, patterns in self.shards.items():
-            if not (self.cache_dir / split).exists():
-                samples = shard_dataset(find_shards(patterns), tokenizer.convnet.image_size, shuffle=0)
-                write_code_cache(self.cache_dir / split, samples, tokenizer, tokenizer_hash=tokenizer_hash)
-        if not self.text_tokenizer_path.exists():
-            captions = (caption for captions in self._cache("train").captions for caption in captions)
-            TextTokenizer.train(captions, vocab_size=self.text_vocab_size, length=self.text_length).save(
-                self.text_tokenizer_path
+        """Encode what is not encoded yet.
+
+        Raises:
+            FileNotFoundError: if pictures, image tokenizer or text tokenizer are not there.
+            ValueError: if there is nowhere to put the codes, or they cannot be made.
+        """
+        self._read_text_tokenizer()  # before hours of encoding
+        for split, spec in self.specs.items():
+            if not _is_cache(spec):
+                encode_source(self._job(split, spec))
+
+    def _job(self, split: Split, spec: str | list[str]) -> EncodingJob:
+        size = load_image_tokenizer(self.image_tokenizer).convnet.image_size
+        return EncodingJob(
+            source=open_source(spec),
+            image_tokenizer=self.image_tokenizer,
+            directory=self._directory(split),
+            transform=self.transform or TransformConfig(image_size=size),
+            num_crops=self.num_crops if split == "train" else 1,
+            seed=self.seed,
+            has_latents=self.temperature is not None,
+        )
+
+    def _directory(self, split: Split) -> Path:
+        """Where the codes of a split are."""
+        spec = self.specs[split]
+        if _is_cache(spec):
+            return Path(str(spec))
+        if self.cache_dir is None:
+            raise ValueError(
+                f"{spec} is not encoded yet: set cache_dir, where its codes go, or encode it with "
+                "tools/encode.py and name the cache"
+            )
+        return Path(self.cache_dir) / split
+
+    def _read_text_tokenizer(self) -> TextTokenizer | None:
+        """None if the model does not read text."""
+        if self.condition != "text":
+            return None
+        if self.text_tokenizer_file is None or not Path(self.text_tokenizer_file).exists():
+            raise FileNotFoundError(
+                f"no text tokenizer at {self.text_tokenizer_file}: train one on the captions with "
+                f"python tools/train_tokenizer.py {shlex.join(_as_list(self.specs['train']))} "
+                f"--length {self.text_length} --out {self.text_tokenizer_file or 'text_tokenizer.json'}"
+            )
+        return TextTokenizer.from_file(self.text_tokenizer_file, length=self.text_length)
+
+    def setup(self, stage: str) -> None:
+        """Open the caches and see that they have what is wanted, before a model is trained.
+
+        Args:
+            stage: of the Trainer.
+
+        Raises:
+            FileNotFoundError: if a cache or the text tokenizer is not there.
+            CheckpointError: if a cache is damaged or of another image tokenizer.
+            ValueError: if the caches lack captions, labels or latents, or do not go together.
+        """
+        if self.caches:
+            return
+        self.text_tokenizer = self._read_text_tokenizer()
+        tokenizer, tokenizer_hash = identified_tokenizer(self.image_tokenizer)
+        if self.temperature is not None and not isinstance(tokenizer.quantizer, ResidualQuantizer):
+            raise ValueError(
+                "soft targets are for residual codes (RQ-VAE), and this image tokenizer has one code per "
+                "position: leave soft_targets_temperature out"
+            )
+        self._quantizer = tokenizer.quantizer.requires_grad_(False)
+        caches = {
+            split: CodeCache(self._directory(split), tokenizer_hash=tokenizer_hash) for split in self.specs
+        }
+        for cache in caches.values():
+            self._check(cache)
+        if "val" in caches:
+            _check_pair(caches["train"].plan, caches["val"].plan)
+        self.caches = caches
+
+    def _check(self, cache: CodeCache) -> None:
+        """Refuse a cache that lacks what is wanted."""
+        without, count = cache.header.num_without_captions, cache.header.count
+        if self.condition == "text" and without == count:
+            raise ValueError(
+                f"{count:,} of {count:,} pictures in {cache.directory} have no caption: set condition to "
+                "class or none, or encode captioned pictures"
+            )
+        if self.condition == "text" and without:
+            logger.warning(
+                "%s of %s pictures in %s have no caption: they train the null condition",
+                *(f"{without:,}", f"{count:,}", cache.directory),
+            )
+        if self.condition == "class" and not cache.plan.classes:
+            raise ValueError(
+                f"the pictures in {cache.directory} have no classes: expected class folders or .cls"
+            )
+        if self.temperature is not None and not cache.plan.has_latents:
+            raise ValueError(
+                f"soft targets need latents, and {cache.directory} has none: encode again with --latents"
             )
 
-    def _tokenizer_hash(self) -> str:
-        file = self.image_tokenizer / "image_tokenizer.safetensors"
-        if not file.is_file():
-            raise FileNotFoundError(f"no {file}: export or convert the image tokenizer to a native directory")
-        return file_hash(file)
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the codes of an image; after `setup`."""
+        return self.caches["train"].plan.code_shape
 
-    def _cache(self, split: str) -> CodeCache:
-        return CodeCache(self.cache_dir / split, tokenizer_hash=self._tokenizer_hash())
+    @property
+    def num_classes(self) -> int | None:
+        """Of the training pictures, where the condition is their class; after `setup`."""
+        return self.caches["train"].header.num_classes if self.condition == "class" else None
+
+    def codebook(self) -> Tensor:
+        """All codebooks (D, V, C) of the image tokenizer, which an RQ-Transformer reads codes with."""
+        return self._quantizer.all_codebooks().detach()
 
     def train_dataloader(self) -> Any:
-        """Shuffled batches with `codes` (B, *code_shape) and `cond` (B, N)."""
-        return self._loader("train")
+        """Shuffled batches, which go on where a killed run was."""
+        return self.resumed(self._loader("train", is_train=not self.is_overfitting))
 
     def val_dataloader(self) -> Any:
-        """Batches in order, each image with its first caption."""
-        return self._loader("val")
+        """Batches in order; none without `val`."""
+        return self._loader("val", is_train=False) if "val" in self.caches else []
 
-    def _loader(self, split: str) -> Any:
-        cache = self._cache(split)
-        if not any(cache.captions):
-            raise ValueError(
-                f"the images of {self.cache_dir / split} have no captions: nothing to learn text from"
-            )
-        text_tokenizer = TextTokenizer.from_file(self.text_tokenizer_path, length=self.text_length)
-        is_train = split == "train"
-        collate = partial(collate_captioned, text_tokenizer=text_tokenizer, is_train=is_train)
-        return DataLoader(cache, batch_size=self.batch_size, shuffle=is_train, collate_fn=collate)
+    def _loader(self, split: Split, *, is_train: bool) -> StreamLoader:
+        codes = Codes(
+            self.caches[split],
+            self.condition,
+            self.text_tokenizer,
+            seed=self.seed,
+            is_train=is_train,
+            bpe_dropout=self.bpe_dropout,
+            has_latents=self.temperature is not None,
+        )
+        stream = Stream(codes, **self.stream_settings(is_train=is_train))
+        return StreamLoader(stream, num_workers=self.num_workers)
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Compute the soft targets where the batch is: they are too large to come from another process.
+
+        Args:
+            batch: with `latents`, it gets `targets` and the codes that go with them.
+            dataloader_idx: of no account.
+
+        Returns:
+            The batch.
+        """
+        if "latents" not in batch:
+            return batch
+        latents, seed = batch["latents"].float(), batch["seed"]
+        assert isinstance(self._quantizer, ResidualQuantizer)
+        assert self.temperature is not None
+        targets, codes = self._quantizer.to(latents.device).soft_codes(
+            latents,
+            self.temperature,
+            sample=self.is_stochastic and seed is not None,
+            generator=None if seed is None else torch.Generator(latents.device).manual_seed(seed),
+        )
+        kept = {name: value for name, value in batch.items() if name not in ("latents", "seed")}
+        return {**kept, "codes": codes, "targets": targets}
 
 
-def collate_captioned(
-    samples: Sequence[dict[str, Any]], *, text_tokenizer: TextTokenizer, is_train: bool
-) -> dict[str, Tensor]:
-    """Stack codes and encode one caption of each image, "" where it has none.
+def _is_cache(spec: str | list[str]) -> bool:
+    return isinstance(spec, str) and any((Path(spec) / name).is_file() for name in (PLAN, HEADER))
 
-    Args:
-        samples: B mappings with `codes` and `captions`.
-        text_tokenizer: long captions are cut without a word.
-        is_train: draw the caption at random, by torch's generator; otherwise take the first.
 
-    Returns:
-        `codes` (B, *code_shape) and `cond` (B, N).
-    """
-    texts = []
-    for sample in samples:
-        captions = sample["captions"] or [""]
-        texts.append(captions[int(torch.randint(len(captions), ()))] if is_train else captions[0])
-    return {
-        "codes": torch.stack([sample["codes"] for sample in samples]),
-        "cond": text_tokenizer.encode(texts, warns_of_loss=False),
-    }
+def _as_list(spec: str | list[str]) -> list[str]:
+    return [spec] if isinstance(spec, str) else spec
+
+
+def _check_pair(train: CachePlan, val: CachePlan) -> None:
+    """Codes and labels of both must mean the same."""
+    if train.code_shape != val.code_shape:
+        raise ValueError(
+            f"train has codes of shape {train.code_shape}, val of {val.code_shape}: encode one of them again"
+        )
+    num_common = min(len(train.classes), len(val.classes))
+    if train.classes[:num_common] != val.classes[:num_common]:
+        names = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(
+            "labels are numbers in the order of the classes, so train and val must have the same, got "
+            f"{', '.join(names[:5])} in one of them only"
+        )
