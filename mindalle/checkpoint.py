@@ -21,6 +21,7 @@ from checkpoint_io import (
     find_parts,
     write_safetensors,
 )
+from mindalle.clip import NativeClip
 from mindalle.text import BPE16K_FILES, TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, tokenizer_from_part
@@ -73,6 +74,10 @@ def load_checkpoint(
         CheckpointError: if the checkpoint is damaged, of an unknown layout or at odds with its config.
     """
     path = Path(path)
+    if (path / "clip.safetensors").is_file() and not (path / "image_tokenizer.safetensors").is_file():
+        raise CheckpointError(
+            f"{path} holds a CLIP alone, which ranks the pictures of a model: pass it as such (--clip)"
+        )
     parts = find_parts(path)
     if "image_tokenizer" not in parts:
         raise CheckpointError(
@@ -170,9 +175,10 @@ def _find_text_tokenizer(
 def save_checkpoint(
     directory: str | Path,
     *,
-    image_tokenizer: QuantizedAutoencoder,
+    image_tokenizer: QuantizedAutoencoder | None = None,
     model: GPT | RQTransformer | None = None,
     text_tokenizer: TextTokenizer | None = None,
+    clip: NativeClip | None = None,
     sampling: SamplingDefaults | None = None,
     card: str = "",
     dtype: torch.dtype | None = None,
@@ -181,31 +187,58 @@ def save_checkpoint(
 
     Args:
         directory: created if need be.
-        image_tokenizer: stage 1.
+        image_tokenizer: stage 1; None = the checkpoint is a CLIP alone.
         model: stage 2.
         text_tokenizer: of the model.
+        clip: to rank the model's pictures with, or alone; reads text with the same tokenizer.
         sampling: defaults to store, of a checkpoint with a model.
         card: text of the model card, README.md.
         dtype: stored type of the weights (None = as they are); they are computed with in float32.
 
     Raises:
         FileExistsError: if one of the files is there already.
+        ValueError: if there is nothing to write, a model without its image tokenizer, or CLIP and model have
+            different text tokenizers.
         OSError: if a file cannot be written.
     """
     directory = Path(directory)
-    config: dict[str, Any] = {"format": FORMAT, "image_tokenizer": _section(image_tokenizer, STAGE1)}
-    writers: dict[str, Callable[[Path], None]] = {
-        "image_tokenizer.safetensors": _weights_writer(image_tokenizer, dtype)
-    }
+    if image_tokenizer is None and (clip is None or model is not None):
+        raise ValueError("a checkpoint is an image tokenizer, with or without a model, or a CLIP alone")
+    config: dict[str, Any] = {"format": FORMAT}
+    writers: dict[str, Callable[[Path], None]] = {}
+    if image_tokenizer is not None:
+        writers["image_tokenizer.safetensors"] = _weights_writer(image_tokenizer, dtype)
+        config["image_tokenizer"] = _section(image_tokenizer, STAGE1)
     if model is not None:
         writers["model.safetensors"] = _weights_writer(model, dtype)
         config |= {"model": _section(model, STAGE2), "sampling": _sampling_section(sampling)}
-    if text_tokenizer is not None:
-        writers["text_tokenizer.json"] = text_tokenizer.save
+    if clip is not None:
+        writers["clip.safetensors"] = _weights_writer(clip.model, dtype)
+        config["clip"] = config_to_mapping(clip.config)
+    words = _text_tokenizer_json(text_tokenizer, clip)
+    if words:
+        writers["text_tokenizer.json"] = partial(_write_text, text=words)
     if card:
         writers["README.md"] = partial(_write_text, text=card)
     # last: without it the other files are no checkpoint
     writers["config.yaml"] = partial(_write_text, text=_to_yaml(config))
+    _write_all(directory, writers)
+
+
+def _text_tokenizer_json(text_tokenizer: TextTokenizer | None, clip: NativeClip | None) -> str:
+    """The one `text_tokenizer.json` that a checkpoint has; "" if nothing reads text."""
+    texts = [text_tokenizer.tokenizer.to_str(pretty=True)] if text_tokenizer is not None else []
+    texts += [clip.tokenize.to_str()] if clip is not None else []
+    if len(set(texts)) > 1:
+        raise ValueError(
+            "the model and the CLIP read text with different tokenizers, and a checkpoint holds one: train "
+            "the CLIP with the model's text_tokenizer.json, or keep it in a directory of its own (--clip)"
+        )
+    return texts[0] if texts else ""
+
+
+def _write_all(directory: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Write files, or none of them."""
     existing = [name for name in writers if (directory / name).exists()]
     if existing:
         raise FileExistsError(

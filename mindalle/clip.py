@@ -217,17 +217,6 @@ def _import_open_clip() -> Any:
     return open_clip
 
 
-def save_clip(directory: str | Path, model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
-    """Write `clip.safetensors` of a native checkpoint, atomically.
-
-    Args:
-        directory: the checkpoint; the rest of it (config.yaml, text_tokenizer.json) is not written here.
-        model: what `ClipConfig.build` gave.
-        dtype: stored type (float16 halves the file; a loaded model computes in float32); None = as it is.
-    """
-    checkpoint_io.write_safetensors(Path(directory) / "clip.safetensors", model.state_dict(), dtype=dtype)
-
-
 def load_native_clip(directory: str | Path) -> NativeClip:
     """Load the CLIP of a native checkpoint, in evaluation mode, float32, on the CPU.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from checkpoint_io import CheckpointError, config_from_mapping, load_strict, read_tensors, read_yaml
-from mindalle.clip import ClipConfig
+from mindalle.clip import ClipConfig, NativeClip, load_native_clip, read_clip_tokenizer
 from mindalle.hub import resolve_model
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, load_tokenizer, tokenizer_from_config
@@ -155,6 +155,57 @@ def load_image_tokenizer(name_or_path: str | Path) -> QuantizedAutoencoder:
         raise CheckpointError(f"{run.file} holds a {run.kind}, expected one of {', '.join(STAGE1)}")
     tokenizer: QuantizedAutoencoder = run.build()
     return tokenizer
+
+
+def clip_of_run(run: Run, text_tokenizer: str | Path | None = None, *, use_raw: bool = False) -> NativeClip:
+    """Build the CLIP of a run, with its text tokenizer.
+
+    Args:
+        run: of a CLIP.
+        text_tokenizer: file; None = the one that the run's settings name.
+        use_raw: see `Run.build`.
+
+    Returns:
+        The CLIP, in evaluation mode, float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such tokenizer.
+        ValueError: if nothing says which tokenizer, it is not the CLIP's, or the weights do not fit.
+    """
+    file = text_tokenizer or run.setting("model", "text_tokenizer")
+    pretrained = run.setting("model", "pretrained")
+    if not file and pretrained:
+        file = resolve_model(pretrained) / "text_tokenizer.json"
+    if not file:
+        raise CheckpointError(
+            f"{run.file}: no config.yaml beside it says which text tokenizer this CLIP reads with; "
+            "export it by itself with --text-tokenizer"
+        )
+    tokenize = read_clip_tokenizer(file, run.config, where=str(run.file))
+    return NativeClip(model=run.build(use_raw=use_raw), config=run.config, tokenize=tokenize)
+
+
+def load_own_clip(name_or_path: str | Path) -> NativeClip:
+    """Load a CLIP that was trained here, in evaluation mode, float32, on the CPU.
+
+    Args:
+        name_or_path: a training run, see `find_run`, or a native checkpoint that
+            `mindalle.hub.resolve_model` finds.
+
+    Returns:
+        The CLIP with its text tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is nothing of that name.
+        ValueError: if it is damaged or no CLIP.
+    """
+    path = resolve_model(name_or_path)
+    run = find_run(path)
+    if run is None:
+        return load_native_clip(path)
+    if run.kind != "clip":
+        raise CheckpointError(f"{run.file} holds a {run.kind}, expected a clip")
+    return clip_of_run(run)
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:

@@ -1,11 +1,11 @@
-"""`mindalle export`, `tools/export.py`: checkpoints of training runs to one native checkpoint."""
+"""`mindalle export`, `tools/export.py`: a training run to a native checkpoint."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindalle.cli.command import (
     Parser,
@@ -17,111 +17,136 @@ from mindalle.cli.command import (
     with_option_names,
 )
 
+if TYPE_CHECKING:
+    from mindalle.checkpoint import SamplingDefaults
+    from mindalle.run import Run
+
 EXAMPLES = """\
-  {prog} --image-tokenizer runs/vqgan/last.ckpt runs/tokenizer
-  {prog} --image-tokenizer runs/tokenizer --model runs/gpt/last.ckpt \\
-      --text-tokenizer runs/text_tokenizer.json --top-k 256 --dtype fp16 my-model"""
+  {prog} runs/vqgan my-tokenizer
+  {prog} runs/gpt my-model --top-k 256 --dtype fp16
+  {prog} runs/gpt/last.ckpt my-model --clip runs/clip --num-candidates 8
+  {prog} runs/clip my-clip"""
+SAMPLING = ("temperature", "top_k", "top_p", "cfg_scale", "num_candidates")
 
 
 def build_parser(prog: str) -> Parser:
     """The command's options."""
     parser = Parser(
         prog=prog,
-        description="Write a native checkpoint, which Pipeline.from_pretrained loads, from training runs.",
+        description="Write a native checkpoint, which Pipeline.from_pretrained loads, from a training run.",
         examples=EXAMPLES,
     )
-    parser.add_argument("destination", type=Path, metavar="DST", help="directory to create")
-    parser.add_argument(
-        "--image-tokenizer", type=Path, required=True, metavar="PATH", help="run's .ckpt, or native"
-    )
-    parser.add_argument("--model", type=Path, metavar="PATH", help="run's .ckpt of the sequence model")
-    parser.add_argument("--text-tokenizer", type=Path, metavar="FILE", help="text_tokenizer.json of the run")
-    parser.add_argument("--temperature", type=float, default=1.0, help="default to store (1)")
-    parser.add_argument("--top-k", type=positive_int, help="default to store")
-    parser.add_argument("--top-p", type=float, help="default to store")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="default to store (1)")
-    parser.add_argument("--card", type=Path, metavar="FILE", help="model card to store as README.md")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default fp32")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="directory or .ckpt of a run; of a directory last.ckpt")
+    add("destination", type=Path, metavar="DST", help="directory to create")
+    add("--raw-weights", action="store_true", help="of RUN's last step, where it has averaged ones too")
+    add("--card", type=Path, metavar="FILE", help="README.md to store; default: one is written")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default: as trained")
+    add("--text-tokenizer", type=Path, metavar="FILE", help="default: the one of the run's config.yaml")
+    add = parser.add_argument_group("for a sequence model").add_argument
+    add("--image-tokenizer", metavar="MODEL", help="run, or any model; default: of the run's config.yaml")
+    add("--clip", metavar="MODEL", help="run or native directory of a CLIP to put beside it")
+    add("--temperature", type=float, metavar="T", help="default to store")
+    add("--top-k", type=positive_int, metavar="K", help="default to store")
+    add("--top-p", type=float, metavar="P", help="default to store")
+    add("--cfg-scale", type=float, metavar="S", help="default to store")
+    add("--num-candidates", type=positive_int, metavar="N", help="per picture, to rank; default to store")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "export.py") -> int:
     """Run the command; returns its exit code."""
-    return run(build_parser(prog), export_checkpoint, argv)
+    return run(build_parser(prog), export_run, argv)
 
 
-def export_checkpoint(args: argparse.Namespace) -> None:
-    """Load the runs' weights and save them as native."""
-    if args.text_tokenizer is not None and args.model is None:
-        raise UsageError("--text-tokenizer is of a model: pass --model too")
+def export_run(args: argparse.Namespace) -> None:
+    """Load the run's weights, and of a sequence model all that belongs to it, and save them as native."""
+    from mindalle.cli.output import atomic_directory, check_free
+
     if args.card is not None and not args.card.is_file():
         raise FileNotFoundError(f"no model card at {args.card}")
-    check_writable(args.destination, "DST")
-    from mindalle.checkpoint import SamplingDefaults, save_checkpoint
+    check_free(args.destination)
+    check_writable(args.destination.parent, "DST")
+    sampling = _sampling(args)
+    from mindalle.checkpoint import save_checkpoint
+    from mindalle.model_card import model_card
     from mindalle.pipeline import PRECISIONS
-    from mindalle.text import TextTokenizer
-    from stage1_vqgan import VQGAN, VQGANConfig, load_tokenizer
-    from stage2_transformer import GPT, GPTConfig, SamplingParams
-    from stage2_transformer.checkpoint import check_fit
+    from mindalle.run import clip_of_run, open_run
+    from stage2_transformer import STAGE2
 
-    try:
-        params = SamplingParams(
-            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, cfg_scale=args.cfg_scale
-        )
-    except ValueError as error:
-        raise UsageError(with_option_names(str(error))) from error
-    if args.image_tokenizer.is_dir():
-        image_tokenizer: Any = load_tokenizer(args.image_tokenizer)
+    opened = open_run(args.run)
+    if opened.kind in STAGE2:
+        parts = _parts_with_model(args, opened)
     else:
-        image_tokenizer = _from_run(args.image_tokenizer, VQGAN, VQGANConfig)
-    model = _from_run(args.model, GPT, GPTConfig) if args.model else None
-    text_tokenizer = None
-    if model is not None:
-        check_fit(
-            model.config, image_tokenizer.code_shape, image_tokenizer.codebook(), source=str(args.model)
+        _check_options(args, opened)
+        if opened.kind == "clip":
+            parts = {"clip": clip_of_run(opened, args.text_tokenizer, use_raw=args.raw_weights)}
+        else:
+            parts = {"image_tokenizer": opened.build(use_raw=args.raw_weights)}
+    name, is_raw = args.destination.absolute().name, args.raw_weights
+    card = args.card.read_text(encoding="utf-8") if args.card else None
+    with atomic_directory(args.destination) as directory:
+        save_checkpoint(
+            directory,
+            **parts,
+            sampling=sampling,
+            card=model_card(name, opened, **parts, is_raw=is_raw) if card is None else card,
+            dtype=PRECISIONS[args.dtype] if args.dtype else None,
         )
-        condition = model.config.condition
-        if (condition.kind == "text") != (args.text_tokenizer is not None):
-            raise UsageError(
-                "--text-tokenizer goes with a model that reads text: "
-                f"{args.model} has the condition {condition.kind!r}"
-            )
-        if args.text_tokenizer is not None:
-            text_tokenizer = TextTokenizer.from_file(
-                args.text_tokenizer, length=condition.length, vocab_size=condition.vocab_size
-            )
-    save_checkpoint(
-        args.destination,
-        image_tokenizer=image_tokenizer,
-        model=model,
-        text_tokenizer=text_tokenizer,
-        sampling=SamplingDefaults(params=params),
-        card=args.card.read_text(encoding="utf-8") if args.card else "",
-        dtype=PRECISIONS[args.dtype] if args.dtype else None,
-    )
     say(args.destination)
 
 
-def _from_run(path: Path, cls: type[Any], config_cls: type[Any]) -> Any:
-    """The model inside a Lightning checkpoint of one of this project's training modules."""
-    import torch
+def _sampling(args: argparse.Namespace) -> SamplingDefaults:
+    from mindalle.checkpoint import SamplingDefaults
+    from stage2_transformer import SamplingParams
 
-    from checkpoint_io import CheckpointError, config_from_mapping, load_strict, read_tensors
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    num_candidates = given.pop("num_candidates", 1)
+    try:
+        return SamplingDefaults(params=SamplingParams(**given), num_candidates=num_candidates)
+    except ValueError as error:
+        raise UsageError(with_option_names(str(error))) from error
 
-    content = read_tensors(path)
-    hyper_parameters = content.get("hyper_parameters")
-    config = hyper_parameters.get("config") if isinstance(hyper_parameters, Mapping) else None
-    if not isinstance(config, Mapping) or not isinstance(content.get("state_dict"), Mapping):
-        raise CheckpointError(
-            f"{path} is no checkpoint of a training run: it needs a state_dict and hyper_parameters.config"
+
+def _check_options(args: argparse.Namespace, opened: Run) -> None:
+    """Refuse options of a sequence model for a run of anything else."""
+    names = ["image_tokenizer", "clip", *SAMPLING, *(["text_tokenizer"] if opened.kind != "clip" else [])]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: not for a {opened.kind}, which is what {opened.file} holds")
+
+
+def _parts_with_model(args: argparse.Namespace, opened: Run) -> dict[str, Any]:
+    """The sequence model of a run, its two tokenizers, and the CLIP if one is asked for."""
+    from mindalle.run import load_image_tokenizer, load_own_clip
+    from mindalle.text import TextTokenizer
+    from stage2_transformer.checkpoint import check_fit
+
+    condition = opened.config.condition
+    for option in ("text_tokenizer", "clip"):
+        if condition.kind != "text" and getattr(args, option) is not None:
+            raise UsageError(
+                f"--{option.replace('_', '-')} goes with a model that reads text: {opened.file} has the "
+                f"condition {condition.kind!r}"
+            )
+    named = args.image_tokenizer or opened.setting("data", "image_tokenizer")
+    image_tokenizer = load_image_tokenizer(_needed(named, "--image-tokenizer", opened))
+    check_fit(opened.config, image_tokenizer.code_shape, image_tokenizer.codebook(), source=str(opened.file))
+    parts: dict[str, Any] = {"image_tokenizer": image_tokenizer}
+    parts["model"] = opened.build(image_tokenizer.codebook().detach(), use_raw=args.raw_weights)
+    if condition.kind == "text":
+        named = args.text_tokenizer or opened.setting("data", "text_tokenizer")
+        parts["text_tokenizer"] = TextTokenizer.from_file(
+            _needed(named, "--text-tokenizer", opened),
+            length=condition.length,
+            vocab_size=condition.vocab_size,
         )
-    config = config_from_mapping(config_cls, config, where=f"hyper-parameters of {path}")
-    with torch.device("meta"):
-        model = cls(config)
-    weights = {
-        name.removeprefix("model."): tensor
-        for name, tensor in content["state_dict"].items()
-        if name.startswith("model.")
-    }
-    load_strict(model, weights, source=str(path))
-    return model.eval()
+    if args.clip is not None:
+        parts["clip"] = load_own_clip(args.clip)
+    return parts
+
+
+def _needed(value: Any, option: str, opened: Run) -> Any:
+    if not value:
+        raise UsageError(f"{option} is needed: there is no config.yaml beside {opened.file} that says which")
+    return value

@@ -24,9 +24,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
-from checkpoint_io import config_to_mapping, read_tensors
+from checkpoint_io import config_to_mapping, read_tensors, write_safetensors
 from checkpoint_io.torchscript import read_torchscript
-from mindalle.clip import OPENAI_MODELS, ClipConfig, ClipTokenizer, infer_config, save_clip
+from mindalle.clip import OPENAI_MODELS, ClipConfig, ClipTokenizer, infer_config
 from mindalle.rerank import ClipReranker
 
 NATIVE = ClipConfig(
@@ -80,7 +80,7 @@ def native(tmp_path: Path, word_tokenizer: Tokenizer) -> Path:
     torch.manual_seed(0)
     word_tokenizer.save(str(tmp_path / "text_tokenizer.json"))
     write_config(tmp_path, {"clip": config_to_mapping(NATIVE), "model": {"of": "someone else"}})
-    save_clip(tmp_path, NATIVE.build())
+    write_safetensors(tmp_path / "clip.safetensors", NATIVE.build().state_dict())
     return tmp_path
 
 
@@ -345,7 +345,7 @@ class TestNativeDirectory:
 
     def test_float16_storage_computes_in_float32(self, native: Path) -> None:
         model = NATIVE.build()
-        save_clip(native, model, dtype=torch.float16)
+        write_safetensors(native / "clip.safetensors", model.state_dict(), dtype=torch.float16)
         assert {tensor.dtype for tensor in read_tensors(native / "clip.safetensors").values()} == {
             torch.float16
         }
@@ -358,7 +358,7 @@ class TestNativeDirectory:
         sizes = {"image_size": 32, "vision_patch_size": 32, "vision_layers": 4, "vision_width": 2}
         config = replace(NATIVE, resnet_stages=(1, 1, 1, 1), **sizes)
         write_config(native, {"clip": config_to_mapping(config)})
-        save_clip(native, config.build())
+        write_safetensors(native / "clip.safetensors", config.build().state_dict())
         assert ClipReranker.from_pretrained(native).score(images, "a").shape == (5,)
 
     def test_defaults_may_be_left_out(self, native: Path) -> None:

@@ -1,21 +1,15 @@
-"""`convert_checkpoint.py`, `export.py`: the native copy draws the same pictures, nothing is half written."""
+"""`convert_checkpoint.py`: the native copy draws the same pictures, nothing is half written."""
 
 from __future__ import annotations
 
 import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from cli_results import Command, pixels
 
-from checkpoint_io import config_to_mapping
 from mindalle.pipeline import Pipeline
-from mindalle.text import TextTokenizer
-from stage1_vqgan import VQGAN
-from stage2_transformer import GPT
 
 PROMPTS = {
     "mindalle": "a red apple",
@@ -117,38 +111,3 @@ def test_a_failure_leaves_nothing_behind(mindalle: Command, checkpoints: Path, t
     assert result.code == 1
     assert "is no checkpoint of a known layout" in result.err[0]
     assert list(tmp_path.iterdir()) == []
-
-
-def save_run(path: Path, model: Any) -> Path:
-    """As Lightning saves a training module of ours."""
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": weights, "hyper_parameters": {"config": config_to_mapping(model.config)}}, path)
-    return path
-
-
-def test_export_of_training_runs(
-    mindalle: Command, tmp_path: Path, tiny_vqgan: VQGAN, tiny_gpt: GPT, tiny_text_tokenizer: TextTokenizer
-) -> None:
-    vqgan, gpt = save_run(tmp_path / "vqgan.ckpt", tiny_vqgan), save_run(tmp_path / "gpt.ckpt", tiny_gpt)
-    words = tmp_path / "words.json"
-    tiny_text_tokenizer.save(words)
-    runs = ("--image-tokenizer", vqgan, "--model", gpt, "--text-tokenizer", words)
-    result = mindalle("export", *runs, "--top-k", 7, "--temperature", 0.5, tmp_path / "native")
-    assert (result.code, result.out, result.err) == (0, [str(tmp_path / "native")], [])
-    config = yaml.safe_load((tmp_path / "native" / "config.yaml").read_text())
-    assert config["sampling"] == {"temperature": 0.5, "top_k": 7, "cfg_scale": 1.0, "num_candidates": 1}
-    pipe = Pipeline(tiny_vqgan, tiny_gpt, tiny_text_tokenizer)
-    copy = Pipeline.from_pretrained(tmp_path / "native")
-    params = copy.sampling.params
-    assert torch.equal(copy("a red car").codes, pipe("a red car", params=params).codes)
-
-    for options, code, words_of_error in (
-        (("--image-tokenizer", vqgan, "--text-tokenizer", words), 2, "pass --model too"),
-        ((*runs, "--top-p", 2), 2, "--top-p must be in (0, 1], got 2.0"),
-        (("--image-tokenizer", gpt), 1, "hyper-parameters of"),
-        (("--image-tokenizer", tmp_path / "nothing.ckpt"), 1, "no checkpoint file at"),
-    ):
-        result = mindalle("export", *options, tmp_path / "other")
-        assert (result.code, len(result.err)) == (code, 1)
-        assert words_of_error in result.err[0]
-        assert not (tmp_path / "other").exists()
