@@ -118,7 +118,7 @@ class GPTTraining(SequenceTraining):
         loss: weights; None = the defaults.
         null_probability: share of conditions replaced by the null condition, in [0, 1].
         gradient_checkpointing: whether to save memory by computing blocks twice.
-        pretrained: bundled name, path or release to start from, see `starting_model`.
+        pretrained: training run, bundled name, path or release to start from, see `starting_model`.
         condition: replaces the pretrained model's.
     """
 
@@ -152,7 +152,7 @@ class RQTransformerTraining(SequenceTraining):
         loss: weights; None = the defaults.
         null_probability: share of conditions replaced by the null condition, in [0, 1].
         gradient_checkpointing: whether to save memory by computing blocks twice.
-        pretrained: bundled name, path or release to start from, see `starting_model`.
+        pretrained: training run, bundled name, path or release to start from, see `starting_model`.
         condition: replaces the pretrained model's.
     """
 

@@ -12,7 +12,8 @@ import torch
 from checkpoint_io import config_to_mapping
 from mindalle.checkpoint import load_checkpoint
 from mindalle.hub import resolve_model
-from stage2_transformer import GPT, ConditionConfig, GPTConfig, RQTransformer, RQTransformerConfig
+from mindalle.run import find_run
+from stage2_transformer import GPT, STAGE2, ConditionConfig, GPTConfig, RQTransformer, RQTransformerConfig
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", GPT, RQTransformer)
@@ -34,7 +35,7 @@ def starting_model(
         cls: of the model.
         config: of the model; None = the pretrained model's.
         condition: replaces the pretrained model's.
-        pretrained: bundled name, path or release; None = random weights.
+        pretrained: training run, bundled name, path or release; None = random weights.
 
     Returns:
         The model, in training mode, float32, on the CPU. With a pretrained one of the same condition all
@@ -53,7 +54,7 @@ def starting_model(
         if config is None:
             raise ValueError("a sequence model needs a config, or the name of a model as pretrained")
         return _new_model(cls, config)
-    source = load_checkpoint(resolve_model(pretrained)).model
+    source = _load(pretrained)
     if not isinstance(source, cls):
         found = "no sequence model" if source is None else f"a {type(source).__name__}"
         raise ValueError(f"pretrained: {pretrained} holds {found}, expected a {cls.__name__}")
@@ -70,9 +71,26 @@ def starting_model(
     return model
 
 
+def _load(name: str) -> GPT | RQTransformer | None:
+    """The sequence model of a checkpoint, None if it has none."""
+    path = resolve_model(name)
+    run = find_run(path)
+    if run is None:
+        return load_checkpoint(path).model
+    model: GPT | RQTransformer | None = run.build(_zeros(run.config)) if run.kind in STAGE2 else None
+    return model
+
+
+def _zeros(config: GPTConfig | RQTransformerConfig) -> torch.Tensor:
+    """In place of a codebook (D, V, C) that is not known yet."""
+    if isinstance(config, GPTConfig):
+        return torch.zeros(0)
+    return torch.zeros(config.depth, max(config.codebook_sizes), config.codebook_width)
+
+
 def _new_model(cls: type[ModelT], config: Any, codebook: torch.Tensor | None = None) -> ModelT:
-    if isinstance(config, RQTransformerConfig) and config.has_codebook and codebook is None:
-        codebook = torch.zeros(config.depth, max(config.codebook_sizes), config.codebook_width)
+    if cls is RQTransformer and codebook is None:
+        codebook = _zeros(config)
     arguments = (config, codebook) if cls is RQTransformer else (config,)
     return cls(*arguments)
 

@@ -1,0 +1,523 @@
+"""Training of sequence models: losses fall, runs resume exactly, and pretrained models are taken up."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import yaml
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.cli import LightningCLI
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mindalle.checkpoint import load_checkpoint, save_checkpoint
+from mindalle.run import open_run
+from mindalle.training import GPTTraining, RQTransformerTraining
+from mindalle.training.base import OptimizerConfig
+from mindalle.training.callbacks import SeededSteps
+from mindalle.training.sequence import SequenceTraining
+from stage1_vqgan import RQVAE, VQGAN
+from stage2_transformer import GPT, ConditionConfig, RQTransformer, TransformerConfig
+from stage2_transformer.layers import Transformer
+from stage2_transformer.losses import SequenceLossConfig
+
+Batch = dict[str, Tensor]
+TRAININGS = {"gpt": GPTTraining, "rq": RQTransformerTraining}
+CONDITIONS = {
+    "text": ConditionConfig(kind="text", vocab_size=64, length=6),
+    "class": ConditionConfig(kind="class", vocab_size=5, length=1),
+    "class_null": ConditionConfig(kind="class", vocab_size=5, length=1, has_null_class=True),
+    "none": ConditionConfig(kind="none", vocab_size=1, length=1),
+}
+FAST = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, final_share=1.0)
+
+
+class Recorder(pl.Callback):
+    """What was logged, after each batch."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class OneBatch(pl.LightningDataModule):
+    """The same batch in each epoch, with the codebook of an image tokenizer."""
+
+    def __init__(self, batch: Batch, table: Tensor, **attributes: Any) -> None:
+        super().__init__()
+        self.batch = batch
+        self.table = table
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def codebook(self) -> Tensor:
+        return self.table
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([self.batch], batch_size=None)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return DataLoader([self.batch], batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(
+    module: pl.LightningModule,
+    data: Any,
+    *callbacks: pl.Callback,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> tuple[pl.Trainer, list[dict[str, float]]]:
+    """Train; the checkpoints that `callbacks` write are the only ones."""
+    recorder = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[SeededSteps(), recorder, *callbacks],
+        **{"max_epochs": -1, **options},
+    )
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(data, pl.LightningDataModule):
+            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        else:
+            trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=ckpt_path, weights_only=True)
+    return trainer, recorder.metrics
+
+
+def batch_for(code_shape: tuple[int, ...], condition: ConditionConfig) -> Batch:
+    """Each of four conditions has its own codes."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {"codes": torch.randint(24, (4, *code_shape), generator=generator)}
+    if condition.kind == "text":
+        batch["cond"] = torch.randint(1, 64, (4, 6), generator=generator)
+    elif condition.kind == "class":
+        batch["cond"] = torch.arange(4)
+    return batch
+
+
+def training(model: GPT | RQTransformer, condition: str = "text", **options: Any) -> SequenceTraining:
+    """A module with new weights and the model's shape."""
+    cls = GPTTraining if isinstance(model, GPT) else RQTransformerTraining
+    config = replace(model.config, condition=CONDITIONS[condition])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return cls(config, **{"optimizer": FAST, **options})
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest, tiny_gpt: GPT, tiny_rq: RQTransformer) -> GPT | RQTransformer:
+    return tiny_gpt if request.param == "gpt" else tiny_rq
+
+
+@pytest.fixture
+def table(tiny_rqvae: RQVAE) -> Tensor:
+    return tiny_rqvae.codebook().detach()
+
+
+both = pytest.mark.parametrize("model", ["gpt", "rq"], indirect=True)
+
+
+@both
+class TestLosses:
+    @pytest.mark.parametrize("condition", CONDITIONS)
+    def test_they_fall(self, model: GPT | RQTransformer, table: Tensor, condition: str) -> None:
+        null_probability = 0.1 if condition in ("text", "class_null") else 0.0
+        module = training(model, condition, null_probability=null_probability)
+        batch = batch_for(model.code_shape, CONDITIONS[condition])
+        _, metrics = fit(module, OneBatch(batch, table), max_steps=30)
+        assert metrics[0]["train/code_loss"] == pytest.approx(math.log(24), abs=0.3)
+        # nothing tells the four apart where there is no condition
+        assert metrics[-1]["train/loss"] < (0.8 if condition == "none" else 0.6) * metrics[0]["train/loss"]
+        assert ("train/text_loss" in metrics[-1]) == (condition == "text")
+        names = {name for name in metrics[-1] if "depth" in name and "train" in name}
+        depth = 3 if isinstance(model, RQTransformer) else 0
+        assert names == {f"train/code_loss_depth{d}" for d in range(depth)}
+
+    def test_the_condition_is_learnt(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        """The first code follows from the text alone, and not from the null condition."""
+        module = training(model, null_probability=0.1)
+        batch = batch_for(model.code_shape, CONDITIONS["text"])
+        fit(module, OneBatch(batch, table), max_steps=60)
+        trained = module.model.eval()
+        with torch.no_grad():
+            logits = trained(**batch).logits.flatten(1, -2)
+            without = trained(batch["codes"], trained.null_condition(batch["cond"])).logits.flatten(1, -2)
+        assert torch.equal(logits[:, 0].argmax(-1), batch["codes"].flatten(1)[:, 0])
+        assert without[:, 0].unique(dim=0).shape[0] == 1
+
+    def test_validation(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        """All of what is logged, of the weights that are there; conditions are not dropped."""
+        module = training(model, loss=SequenceLossConfig(text_weight=0.3), null_probability=1.0)
+        batch = batch_for(model.code_shape, CONDITIONS["text"])
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        (logged,) = trainer.validate(module, OneBatch(batch, table), verbose=False)
+        with torch.no_grad():
+            output = module.model.eval()(**batch)
+        code = F.cross_entropy(output.logits.flatten(0, -2), batch["codes"].flatten()).item()
+        text = F.cross_entropy(output.text_logits.flatten(0, 1), batch["cond"][:, 1:].flatten()).item()
+        assert logged["val/code_loss"] == pytest.approx(code, abs=1e-5)
+        assert logged["val/text_loss"] == pytest.approx(text, abs=1e-5)
+        assert logged["val/loss"] == pytest.approx(code + 0.3 * text, abs=1e-5)
+        is_right = (output.logits.argmax(-1) == batch["codes"]).float()
+        assert logged["val/accuracy"] == pytest.approx(is_right.mean().item())
+
+    def test_soft_targets(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        """What is learnt are the distributions; the loss falls to their entropy and not to zero."""
+        batch = batch_for(model.code_shape, CONDITIONS["text"])
+        batch["targets"] = 0.5 * F.one_hot(batch["codes"], 24) + 0.5 * F.one_hot(
+            (batch["codes"] + 1) % 24, 24
+        )
+        module = training(model, loss=SequenceLossConfig(text_weight=0.0))
+        _, metrics = fit(module, OneBatch(batch, table), max_steps=60)
+        assert metrics[-1]["train/loss"] == pytest.approx(math.log(2), abs=0.15)
+        with torch.no_grad():
+            probabilities = module.model.eval()(batch["codes"], batch["cond"]).logits.softmax(-1)
+        assert (probabilities - batch["targets"]).abs().mean() < 0.02
+
+    def test_in_bfloat16(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        batch = batch_for(model.code_shape, CONDITIONS["text"])
+        module = training(model, gradient_checkpointing=True)
+        _, metrics = fit(module, OneBatch(batch, table), max_steps=12, precision="bf16-mixed")
+        assert metrics[-1]["train/loss"] < 0.9 * metrics[0]["train/loss"]
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+    def test_decay_is_for_matrices(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        module = training(model, optimizer=replace(FAST, weight_decay=0.2))
+        batch = batch_for(model.code_shape, CONDITIONS["text"])
+        trainer, _ = fit(module, OneBatch(batch, table), max_steps=1)
+        decayed, others = trainer.optimizers[0].param_groups
+        assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0)
+        assert {parameter.ndim for parameter in decayed["params"]} == {2}
+        assert {parameter.ndim for parameter in others["params"]} == {1}
+        assert len(decayed["params"]) + len(others["params"]) == len(list(module.parameters()))
+
+
+class TestConditionDropout:
+    @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+    @pytest.mark.parametrize("condition", ["text", "class_null"])
+    def test_how_often(self, tiny_gpt: GPT, condition: str, probability: float) -> None:
+        module = training(tiny_gpt, condition, null_probability=probability)
+        cond = torch.randint(1, 5, (400, 6) if condition == "text" else (400,))
+        given = cond.clone()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            seen = module._drop_conditions(given)
+        assert torch.equal(given, cond)  # not changed in place
+        is_null = (seen == (0 if condition == "text" else 5)).view(400, -1)
+        assert torch.equal(is_null.all(dim=1), is_null.any(dim=1))  # whole rows
+        assert torch.equal(seen[~is_null[:, 0]], cond[~is_null[:, 0]])
+        assert is_null[:, 0].float().mean().item() == pytest.approx(probability, abs=0.06)
+
+    def test_in_training_only(self, tiny_gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = training(tiny_gpt, null_probability=1.0)
+        monkeypatch.setattr(module, "log_dict", lambda *args, **options: None)
+        monkeypatch.setattr(module, "log", lambda *args, **options: None)
+        batch, seen = batch_for((4, 4), CONDITIONS["text"]), []
+        module.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+        module.training_step(batch, 0)
+        module.validation_step(batch, 0)
+        assert not seen[0].any()
+        assert torch.equal(seen[1], batch["cond"])
+
+    @pytest.mark.parametrize(
+        ("condition", "probability", "message"),
+        [
+            ("text", 1.1, r"null_probability must be in \[0, 1\], got 1.1"),
+            ("none", 0.1, "null_probability is 0.1, but the model has no condition: set it to 0$"),
+            ("class", 0.1, "the model has no null class: set it to 0, or condition.has_null_class to true"),
+        ],
+    )
+    def test_refused(self, tiny_gpt: GPT, condition: str, probability: float, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            training(tiny_gpt, condition, null_probability=probability)
+
+
+def test_gradient_checkpointing_reaches_every_stack(tiny_rq: RQTransformer) -> None:
+    for is_on in (False, True):
+        module = training(tiny_rq, gradient_checkpointing=is_on)
+        stacks = [part for part in module.modules() if isinstance(part, Transformer)]
+        assert [stack.recomputes_blocks for stack in stacks] == [is_on, is_on]
+
+
+class TestData:
+    """What the data module tells the module before training."""
+
+    def test_the_codebook_is_the_datas(self, tiny_rq: RQTransformer, table: Tensor) -> None:
+        module = training(tiny_rq)
+        assert not module.model.codebook.any()
+        batch = batch_for(tiny_rq.code_shape, CONDITIONS["text"])
+        trainer, _ = fit(module, OneBatch(batch, table), max_steps=1)
+        assert torch.equal(module.model.codebook, table)
+        assert not module.model.codebook.requires_grad
+        assert "model.codebook" not in trainer.lightning_module.state_dict()
+
+    def test_no_codebook(self, tiny_rq: RQTransformer) -> None:
+        with pytest.raises(ValueError, match=r"a data module that has codebook\(\), .* got NoneType"):
+            fit(training(tiny_rq), [batch_for(tiny_rq.code_shape, CONDITIONS["text"])], max_steps=1)
+
+    def test_a_model_of_tables_needs_none(self, tiny_rq: RQTransformer) -> None:
+        config = replace(tiny_rq.config, has_codebook_body=False, has_codebook_head=False)
+        module = RQTransformerTraining(config, FAST)
+        fit(module, [batch_for(tiny_rq.code_shape, CONDITIONS["text"])], max_steps=1)
+
+    @both
+    @pytest.mark.parametrize(
+        ("attributes", "message"),
+        [
+            ({"num_codes": 25}, "a vocabulary of 24 codes, its image tokenizer 25"),
+            ({"code_shape": (2, 2)}, r"draws codes of shape .*, its image tokenizer makes \(2, 2\)"),
+            ({"num_classes": 6}, "the data have 6 classes, the model 5: set config.condition.vocab_size"),
+        ],
+    )
+    def test_other_data(self, model: GPT | RQTransformer, attributes: dict[str, Any], message: str) -> None:
+        table = torch.zeros(3, attributes.get("num_codes", 24), 8)
+        data = OneBatch(batch_for(model.code_shape, CONDITIONS["class"]), table, **attributes)
+        with pytest.raises(ValueError, match=message):
+            fit(training(model, "class"), data, max_steps=1)
+
+    def test_codebook_of_another_width(self, tiny_rq: RQTransformer) -> None:
+        data = OneBatch(batch_for(tiny_rq.code_shape, CONDITIONS["text"]), torch.zeros(3, 24, 9))
+        with pytest.raises(ValueError, match=r"\(D, V, C\) = \(3, 24, 8\), got \(3, 24, 9\): set codebook_"):
+            fit(training(tiny_rq), data, max_steps=1)
+
+
+@both
+@pytest.mark.parametrize("is_averaged", [True, False])
+def test_a_resumed_run_goes_on_exactly(
+    model: GPT | RQTransformer, table: Tensor, tmp_path: Path, is_averaged: bool
+) -> None:
+    """With dropout and dropped conditions; what is exported are the averaged weights, if there are any.
+
+    Lightning copies the module for the average before `setup`, so an average made then had no codebook: after
+    resuming, validation and the trained model read codes as vectors near zero.
+    """
+    key = "transformer" if isinstance(model, GPT) else "body"
+    stack = replace(getattr(model.config, key), residual_dropout=0.2)
+    model.config = replace(model.config, **{key: stack})
+    batch = batch_for(model.code_shape, CONDITIONS["text"])
+
+    def run(folder: str, **options: Any) -> tuple[SequenceTraining, dict[str, Any]]:
+        saver = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=3, save_top_k=-1)
+        callbacks: list[pl.Callback] = [saver]
+        if is_averaged:
+            callbacks.append(EMAWeightAveraging(decay=0.5))
+        module = training(model, null_probability=0.5)
+        fit(module, OneBatch(batch, table), *callbacks, max_steps=6, **options)
+        return module, torch.load(tmp_path / folder / "step=6.ckpt", weights_only=True)
+
+    whole, expected = run("whole")
+    resumed, found = run("resumed", ckpt_path=tmp_path / "whole" / "step=3.ckpt")
+    parts = ["state_dict", "optimizer_states"] + ["current_model_state"] * is_averaged
+    assert ("current_model_state" in expected) == is_averaged
+    for part in parts:
+        _assert_equal(found[part], expected[part])
+    for module in (whole, resumed):
+        if isinstance(model, RQTransformer):
+            assert torch.equal(module.model.codebook, table)
+    exported = open_run(tmp_path / "resumed" / "step=6.ckpt")
+    assert exported.is_averaged == is_averaged
+    for name, tensor in exported.build(table).state_dict().items():
+        # at the end of the training the averages are what the module has
+        assert torch.equal(tensor, whole.model.state_dict()[name])
+        if is_averaged and tensor.ndim > 1:
+            assert not torch.equal(tensor, expected["current_model_state"][f"model.{name}"])
+
+
+def _assert_equal(found: Any, expected: Any) -> None:
+    """The same tensors and numbers in the same places."""
+    if isinstance(expected, Mapping):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            _assert_equal(found[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        for ours, theirs in zip(found, expected, strict=True):
+            _assert_equal(ours, theirs)
+    elif isinstance(expected, Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+class TestPretrained:
+    @pytest.fixture
+    def checkpoints(
+        self, tmp_path: Path, tiny_vqgan: VQGAN, tiny_rqvae: RQVAE, tiny_gpt: GPT, tiny_rq: RQTransformer
+    ) -> dict[str, str]:
+        """Paths of checkpoints of the tiny models."""
+        save_checkpoint(tmp_path / "gpt", image_tokenizer=tiny_vqgan, model=tiny_gpt)
+        save_checkpoint(tmp_path / "rq", image_tokenizer=tiny_rqvae, model=tiny_rq)
+        save_checkpoint(tmp_path / "tokenizer", image_tokenizer=tiny_vqgan)
+        return {name: str(tmp_path / name) for name in ("gpt", "rq", "tokenizer")}
+
+    @both
+    def test_all_of_it(self, model: GPT | RQTransformer, checkpoints: dict[str, str]) -> None:
+        kind = "gpt" if isinstance(model, GPT) else "rq"
+        module = TRAININGS[kind](pretrained=checkpoints[kind])
+        assert module.model.config == model.config
+        assert module.model.training
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(module.model.state_dict()[name], tensor)
+        if isinstance(model, RQTransformer):
+            assert torch.equal(module.model.codebook, model.codebook)
+
+    def test_a_config_may_change_the_dropout(self, tiny_gpt: GPT, checkpoints: dict[str, str]) -> None:
+        stack = replace(tiny_gpt.config.transformer, residual_dropout=0.3)
+        config = replace(tiny_gpt.config, transformer=stack)
+        module = GPTTraining(config, pretrained=checkpoints["gpt"])
+        assert module.model.config == config
+        assert torch.equal(module.model.condition.embedding.weight, tiny_gpt.condition.embedding.weight)
+
+    @both
+    @pytest.mark.parametrize("condition", ["class", "class_null", "none", "other_text", "longer_text"])
+    def test_another_condition(
+        self,
+        model: GPT | RQTransformer,
+        checkpoints: dict[str, str],
+        condition: str,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """All but the condition is taken; the original lost its image head here."""
+        caplog.set_level(logging.INFO, logger="mindalle.training")
+        wanted = CONDITIONS | {
+            "other_text": ConditionConfig(kind="text", vocab_size=60, length=6),
+            "longer_text": ConditionConfig(kind="text", vocab_size=64, length=7),
+        }
+        kind = "gpt" if isinstance(model, GPT) else "rq"
+        module = TRAININGS[kind](pretrained=checkpoints[kind], condition=wanted[condition])
+        assert module.model.config == replace(model.config, condition=wanted[condition])
+        theirs, ours = model.state_dict(), module.model.state_dict()
+        fresh = {name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])}
+        assert {name.partition(".")[0] for name in fresh} <= {"condition", "text_head", "text_norm"}
+        assert "condition.embedding.weight" in fresh
+        assert not any(name.startswith("text_head") for name in ours) or "text_head.weight" in fresh
+        assert "start fresh: condition." in caplog.text
+        assert fresh <= set(caplog.text.replace(",", " ").split())
+
+    def test_of_a_training_run(self, tiny_gpt: GPT, table: Tensor, tmp_path: Path) -> None:
+        module = training(tiny_gpt)
+        trainer, _ = fit(module, OneBatch(batch_for((4, 4), CONDITIONS["text"]), table), max_steps=1)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        taken = GPTTraining(pretrained=str(tmp_path / "last.ckpt"))
+        _assert_equal(taken.model.state_dict(), module.model.state_dict())
+
+    def test_a_release(self, fixtures_dir: Path) -> None:
+        """From minDALL-E to classes: the same hidden state gives the same logits, of images that is."""
+        path = fixtures_dir / "mindalle-tiny"
+        original = load_checkpoint(path).model
+        assert isinstance(original, GPT)
+        condition = ConditionConfig(kind="class", vocab_size=10, length=1)
+        module = GPTTraining(pretrained=str(path), condition=condition)
+        hidden = torch.randn(3, original.config.transformer.width)
+        taken = module.model.eval()
+        assert isinstance(taken, GPT)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                taken.head(taken.norm(taken.transformer(hidden[None]))),
+                original.head(original.norm(original.transformer(hidden[None]))),
+            )
+        codes = torch.zeros(2, *original.code_shape, dtype=torch.int64)
+        assert taken(codes, torch.tensor([0, 9])).logits.isfinite().all()
+
+    def test_what_does_not_fit(self, tiny_gpt: GPT, checkpoints: dict[str, str]) -> None:
+        stack = TransformerConfig(width=16, num_layers=2, num_heads=2)
+        config = replace(tiny_gpt.config, transformer=stack, vocab_size=25)
+        message = (
+            f"the config is not that of the pretrained model {checkpoints['gpt']}: "
+            "transformer.width is 16, the pretrained's 32; vocab_size is 25, the pretrained's 24. Leave"
+        )
+        with pytest.raises(ValueError, match=message):
+            GPTTraining(config, pretrained=checkpoints["gpt"])
+        with pytest.raises(ValueError, match="rq holds a RQTransformer, expected a GPT"):
+            GPTTraining(pretrained=checkpoints["rq"])
+        with pytest.raises(ValueError, match="tokenizer holds no sequence model, expected a RQTransformer"):
+            RQTransformerTraining(pretrained=checkpoints["tokenizer"])
+
+    def test_arguments_that_contradict_each_other(self, tiny_gpt: GPT) -> None:
+        with pytest.raises(ValueError, match="needs a config, or the name of a model as pretrained"):
+            GPTTraining()
+        with pytest.raises(
+            ValueError, match="condition replaces the one of a pretrained model: give it with"
+        ):
+            GPTTraining(tiny_gpt.config, condition=CONDITIONS["none"])
+        with pytest.raises(
+            ValueError, match="condition replaces the one of a pretrained model: give it with"
+        ):
+            GPTTraining(condition=CONDITIONS["none"])
+
+    def test_resuming_keeps_what_was_learnt(self, table: Tensor, checkpoints: dict[str, str]) -> None:
+        """The pretrained weights do not come back."""
+        folder = Path(checkpoints["gpt"]).parent / "run"
+        data = OneBatch(batch_for((4, 4), CONDITIONS["text"]), table)
+        saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=2)
+        fit(GPTTraining(pretrained=checkpoints["gpt"], optimizer=FAST), data, saver, max_steps=2)
+        module = GPTTraining(pretrained=checkpoints["gpt"], optimizer=FAST)
+        fit(module, data, max_steps=2, ckpt_path=folder / "step=2.ckpt")  # not a step more
+        expected = torch.load(folder / "step=2.ckpt", weights_only=True)["state_dict"]
+        _assert_equal(dict(module.state_dict()), expected)
+
+
+@pytest.mark.parametrize(
+    ("class_path", "arguments"),
+    [
+        (
+            "mindalle.training.GPTTraining",
+            {
+                "config": {
+                    "vocab_size": 24,
+                    "code_shape": [4, 4],
+                    "transformer": {"width": 32, "num_layers": 1, "num_heads": 2},
+                    "condition": {"kind": "class", "vocab_size": 5, "length": 1, "has_null_class": True},
+                },
+                "null_probability": 0.1,
+            },
+        ),
+        (
+            "mindalle.training.RQTransformerTraining",
+            {
+                "config": {
+                    "codebook_sizes": [24, 24],
+                    "code_shape": [4, 4, 2],
+                    "codebook_width": 8,
+                    "body": {"width": 32, "num_layers": 1, "num_heads": 2},
+                    "head": {"width": 32, "num_layers": 1, "num_heads": 2},
+                    "condition": {"kind": "none", "vocab_size": 1, "length": 1},
+                }
+            },
+        ),
+        (
+            "mindalle.training.GPTTraining",
+            {"pretrained": "emoji", "condition": {"kind": "class", "vocab_size": 5, "length": 1}},
+        ),
+    ],
+    ids=["gpt", "rq", "pretrained"],
+)
+def test_from_a_config_file(tmp_path: Path, class_path: str, arguments: dict[str, Any]) -> None:
+    """What jsonargparse builds of YAML, in the mode of the command line."""
+    more = {
+        "optimizer": {"learning_rate": 1e-3, "betas": [0.9, 0.96]},
+        "loss": {"text_weight": 0.2, "ignores_padding": True},
+        "gradient_checkpointing": True,
+    }
+    config = {"model": {"class_path": class_path, "init_args": arguments | more}}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    cli = LightningCLI(args=["--config", str(path)], run=False, parser_kwargs={"parser_mode": "omegaconf"})
+    assert cli.model.optimizer_config == OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.96))
+    assert cli.model.loss_config == SequenceLossConfig(text_weight=0.2, ignores_padding=True)
+    condition = cli.model.model.config.condition
+    assert condition == ConditionConfig(
+        **(arguments["condition"] if "condition" in arguments else arguments["config"]["condition"])
+    )
