@@ -1,4 +1,4 @@
-"""WebDataset shards made by a test."""
+"""Pictures in folders and WebDataset shards, made by a test."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def encode_picture(image: Image.Image, suffix: str = "png") -> bytes:
     file = BytesIO()
     image.save(file, {"jpg": "JPEG"}.get(suffix, suffix))
     return file.getvalue()
+
+
+def write_pictures(directory: Path, names: Sequence[str], *, size: int = 16) -> list[Path]:
+    """Pictures 0, 1, 2, ... under these names, which may have folders."""
+    paths = [directory / name for name in names]
+    for index, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_picture(draw_picture(index, size)[0], path.suffix[1:].lower()))
+    return paths
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:

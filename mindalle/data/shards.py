@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
+import re
 import shlex
 import tarfile
 import zlib
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from glob import glob, has_magic
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,10 @@ def _expand(spec: str) -> list[str]:
     """The files or addresses that a pattern stands for."""
     if spec.startswith("pipe:"):
         return [spec]  # braces and stars are the shell's
-    expanded = list(islice(braceexpand(spec), MAX_SHARDS + 1))
-    if len(expanded) > MAX_SHARDS:
+    ranges = re.findall(r"\{(\d+)\.\.(\d+)", spec)
+    if math.prod(1 + abs(int(last) - int(first)) for first, last in ranges) > MAX_SHARDS:
         raise ValueError(f"{spec} stands for more than {MAX_SHARDS:,} shards: is a number mistyped?")
+    expanded = list(braceexpand(spec))
     if spec.startswith(REMOTE):
         return expanded
     found: list[str] = []

@@ -1,0 +1,322 @@
+"""Pictures in directories: each kind is told from the files, and nothing in them is fatal or trusted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import random
+import zlib
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from shard_files import draw_picture, encode_picture, write_pictures
+
+from mindalle.data.folders import PART_SIZE, Folder
+from mindalle.data.samples import Sample, Source, Unreadable, open_source, seed_of
+
+
+def read(source: Source) -> list[Sample | Unreadable]:
+    return [sample for part in range(source.num_parts) for sample in source.read(part)]
+
+
+def captions_of(spec: Path) -> dict[str, tuple[str, ...]]:
+    samples = read(open_source(str(spec)))
+    assert all(isinstance(sample, Sample) for sample in samples)
+    return {sample.key: sample.captions for sample in samples}  # type: ignore[union-attr]
+
+
+def reasons(spec: Path) -> dict[str, str]:
+    return {
+        sample.key: sample.reason for sample in read(open_source(str(spec))) if isinstance(sample, Unreadable)
+    }
+
+
+class TestKinds:
+    def test_plain(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write_pictures(tmp_path, ["1.png", "a/0.JPG", "b/c/2.WebP"])
+        (tmp_path / "notes.md").touch()
+        (tmp_path / ".hidden.png").touch()
+        write_pictures(tmp_path / ".cache", ["x.png"])
+        source = open_source(str(tmp_path))
+        samples = read(source)
+        assert [sample.key for sample in samples] == ["1.png", "a/0.JPG", "b/c/2.WebP"]
+        assert isinstance(samples[0], Sample)
+        assert samples[0].image.tobytes() == draw_picture(0)[0].tobytes()
+        assert (samples[0].captions, samples[0].label, source.classes) == ((), None, ())
+        assert (len(source), source.num_parts, source.name) == (3, 1, str(tmp_path))
+        assert f"read {tmp_path} as pictures: 3 pictures" in caplog.text
+
+    def test_class_folders(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A class without pictures counts, so that labels of training and validation agree."""
+        write_pictures(tmp_path, ["cat/1.png", "ant/x/2.png", "cat/0.png"])
+        (tmp_path / "bee").mkdir()
+        (tmp_path / ".git").mkdir()
+        source = open_source(str(tmp_path))
+        assert source.classes == ("ant", "bee", "cat")
+        labels = [(sample.key, sample.label) for sample in read(source) if isinstance(sample, Sample)]
+        assert labels == [("ant/x/2.png", 0), ("cat/0.png", 2), ("cat/1.png", 2)]
+        assert f"read {tmp_path} as class folders: 3 classes, 3 pictures" in caplog.text
+
+    def test_sidecars(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write_pictures(tmp_path, ["a/1.png", "a/2.PNG", "a/3.jpg"])
+        (tmp_path / "a/1.txt").write_bytes("\ufeffone \r\n\n  eins\u2028x\n".encode())
+        (tmp_path / "a/2.TXT").write_text("two")
+        (tmp_path / "4.txt").write_text("of no picture")
+        expected = {"a/1.png": ("one", "eins\u2028x"), "a/2.PNG": ("two",), "a/3.jpg": ()}
+        assert captions_of(tmp_path) == expected
+        assert list(open_source(str(tmp_path)).captions()) == list(expected.values())
+        assert "as pictures with .txt files: 3 pictures, 1 without captions" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            (
+                "captions.jsonl",
+                '{"file": "a/1.png", "captions": [" red ", ""]}\n\n{"file": "2.png", "caption": "x, y"}',
+            ),
+            (
+                "captions.jsonl",
+                '\ufeff{"image": "a/1.png", "text": "red"}\r\n{"file_name": "./2.png", "text": "x, y"}\n',
+            ),
+            (
+                "metadata.jsonl",
+                '{"file_name": "a/1.png", "text": "red", "id": 7}\n{"file_name": "2.png", "text": ["x, y"]}',
+            ),
+            ("captions.csv", '\ufefffile,caption\na/1.png,red\n2.png,"x, y"\n'),
+            ("metadata.csv", 'text,file_name\r\nred,a/1.png\r\n"x, y",2.png\r\n'),
+            ("captions.tsv", "path\tcaptions\na/1.png\tred\n2.png\tx, y\n"),
+        ],
+    )
+    def test_captions_files(self, tmp_path: Path, name: str, text: str) -> None:
+        write_pictures(tmp_path, ["a/1.png", "2.png", "not_named.png"])
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        expected = {"a/1.png": ("red",), "2.png": ("x, y",)}
+        assert captions_of(tmp_path) == expected
+        assert captions_of(tmp_path / name) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("captions.jsonl", '{"file": "1.png", "caption": "a\\nb"}\n{"file": "1.png", "caption": "c"}'),
+            ("captions.csv", 'file,caption\n1.png,"a\nb"\n1.png,c\n'),
+        ],
+    )
+    def test_several_lines_for_a_picture(self, tmp_path: Path, name: str, text: str) -> None:
+        write_pictures(tmp_path, ["1.png"])
+        (tmp_path / name).write_text(text)
+        assert captions_of(tmp_path) == {"1.png": ("a\nb", "c")}
+
+
+class TestHostileFiles:
+    def test_unreadable_pictures(self, tmp_path: Path) -> None:
+        """EPS pictures are programs, which Pillow would have Ghostscript run."""
+        write_pictures(tmp_path, ["good.png"])
+        picture = encode_picture(draw_picture(0, 64)[0])
+        bomb = bytearray(encode_picture(Image.new("1", (16, 16))))
+        bomb[16:24] = (50_000).to_bytes(4, "big") * 2  # width and height
+        bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+        files = {
+            "bomb.png": bytes(bomb),
+            "cut.png": picture[: len(picture) // 2],
+            "empty.png": b"",
+            "line.png": encode_picture(Image.new("L", (3000, 2))),
+            "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            "text.png": b"text",
+        }
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / "gone.png").symlink_to("nowhere")
+        found = reasons(tmp_path)
+        assert sorted(found) == sorted([*files, "gone.png"])
+        assert found["gone.png"] == "there is no such file"
+        assert found["line.png"] == "3000 x 2 pixels is no picture but a line"
+        for name in ("empty", "program", "text"):
+            assert found[f"{name}.png"].startswith("not a picture of a known format")
+        assert "exceeds limit" in found["bomb.png"]
+        assert found["cut.png"].startswith("not a readable picture: ")
+        assert not any("\n" in reason for reason in found.values())
+
+    def test_captions_that_are_no_text(self, tmp_path: Path) -> None:
+        write_pictures(tmp_path, ["1.png", "2.png"])
+        (tmp_path / "1.txt").write_bytes(b"\xff\xfe\xff")
+        (tmp_path / "2.txt").write_text("two")
+        assert reasons(tmp_path) == {"1.png": "its captions cannot be read: expected UTF-8 text"}
+
+    def test_missing_pictures(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write_pictures(tmp_path, ["1.png"])
+        lines = [{"file": f"{i}.png", "caption": "x"} for i in range(3)]
+        (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        assert reasons(tmp_path) == dict.fromkeys(["0.png", "2.png"], "there is no such file")
+        assert "3 pictures, 2 of them missing" in caplog.text
+
+    def test_links_in_circles(self, tmp_path: Path) -> None:
+        write_pictures(tmp_path / "data", ["a/1.png"])
+        write_pictures(tmp_path / "elsewhere", ["2.png"])
+        (tmp_path / "data/a/up").symlink_to("..")
+        (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+        assert sorted(captions_of(tmp_path / "data")) == ["a/1.png", "b/2.png"]
+
+    def test_names_that_are_no_text(self, tmp_path: Path) -> None:
+        """Seeds are hashes of the key: half a character in a name stopped the run."""
+        (picture,) = write_pictures(tmp_path, ["1.png"])
+        os.rename(picture, os.fsencode(tmp_path) + b"/\xff.png")
+        (key,) = captions_of(tmp_path)
+        assert key == "\\udcff.png"
+        assert seed_of(0, key) >= 0
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            (
+                "captions.jsonl",
+                '{"file": "1.png", "caption": "x"}\n{"file": ',
+                r"captions.jsonl:2: Expecting value",
+            ),
+            ("captions.jsonl", "[1]", r"captions.jsonl:1: expected a JSON object, got \[1\]"),
+            ("captions.jsonl", "null", r"captions.jsonl:1: expected a JSON object, got null"),
+            ("captions.jsonl", "[" * 100_000, r"captions.jsonl:1: "),
+            (
+                "captions.jsonl",
+                '{"caption": "x"}',
+                r"jsonl:1: expected a field file or image or .*, got caption",
+            ),
+            (
+                "captions.jsonl",
+                '{"file": "1.png", "title": "x"}',
+                r"jsonl:1: expected a field captions or caption",
+            ),
+            ("captions.jsonl", '{"file": 1, "caption": "x"}', r"expected the name of a picture file, got 1"),
+            ("captions.jsonl", '{"file": "1.png", "caption": 7}', r"jsonl:1: captions must be text, got 7"),
+            (
+                "captions.jsonl",
+                '{"file": "1.png", "caption": "\\ud83d"}',
+                r"jsonl:1: .* valid Unicode, got '\\ud83d'",
+            ),
+            (
+                "captions.jsonl",
+                '{"file": "../1.png", "caption": "x"}',
+                r"1: \.\./1.png leads out of the directory",
+            ),
+            ("captions.jsonl", '{"file": "a/../../1.png", "caption": "x"}', r"leads out of the directory"),
+            (
+                "captions.jsonl",
+                '{"file": "/etc/x.png", "caption": "x"}',
+                r"/etc/x.png leads out of the directory",
+            ),
+            ("captions.jsonl", "\n", r"captions.jsonl names no pictures: expected a line or row for each"),
+            (
+                "captions.csv",
+                "file,caption\n1.png,a,b\n",
+                r"csv:2: expected 2 columns as in the header, got more",
+            ),
+            (
+                "captions.csv",
+                "file,caption\n1.png\n",
+                r"csv:2: expected 2 columns as in the header, got fewer",
+            ),
+            (
+                "captions.csv",
+                "1.png,red\n2.png,green\n",
+                r"csv:2: expected a field file or .*, got 1.png, red",
+            ),
+            ("captions.csv", "file,caption\n1.png," + "x" * 200_000, r"csv:2: field larger than field limit"),
+            ("captions.csv", b"file,caption\n1.png,\xff", r"csv:2: 'utf-8' codec can't decode byte 0xff"),
+        ],
+    )
+    def test_captions_files(self, tmp_path: Path, name: str, text: Any, message: str) -> None:
+        write_pictures(tmp_path, ["1.png"])
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=message):
+            open_source(str(tmp_path))
+
+    def test_two_captions_files(self, tmp_path: Path) -> None:
+        for name in ("captions.jsonl", "metadata.csv"):
+            (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=r"has captions.jsonl and metadata.csv: name the file to read"):
+            open_source(str(tmp_path))
+
+    def test_no_pictures(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.md").touch()
+        with pytest.raises(ValueError, match=r"no pictures in .*: expected png, jpg, .* or \.tar shards"):
+            open_source(str(tmp_path))
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            FileNotFoundError, match=r"no pictures at .*none: expected a directory, a captions"
+        ):
+            open_source(str(tmp_path / "none"))
+
+    def test_another_file(self, tmp_path: Path) -> None:
+        (tmp_path / "x.zip").touch()
+        with pytest.raises(ValueError, match=r"x.zip is no source of pictures: expected a directory, .jsonl"):
+            open_source(str(tmp_path / "x.zip"))
+
+    @pytest.mark.parametrize("spec", [[], "", [""]])
+    def test_nothing_named(self, spec: Any) -> None:
+        with pytest.raises(
+            ValueError, match="pictures must be named by a path, a pattern or a list of shards"
+        ):
+            open_source(spec)
+
+    def test_list_of_folders(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"may only hold shards \(.tar\), got 'b': name a single directory"
+        ):
+            open_source(["a.tar", "b"])
+
+
+class TestFolder:
+    @pytest.fixture
+    def many(self, tmp_path: Path) -> Source:
+        lines = [{"file": f"{i}.png", "caption": str(i)} for i in range(2 * PART_SIZE + 3)]
+        (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return open_source(str(tmp_path))
+
+    def test_parts(self, many: Source) -> None:
+        assert many.num_parts == 3
+        parts = [[sample.key for sample in many.read(part)] for part in range(3)]
+        assert [len(part) for part in parts] == [PART_SIZE, PART_SIZE, 3]
+        assert list(chain(*parts)) == [f"{i}.png" for i in range(len(many))]
+
+    def test_shuffled_part(self, many: Source) -> None:
+        first, again = ([sample.key for sample in many.read(0, order=random.Random(7))] for _ in range(2))
+        assert first == again
+        assert first != sorted(first, key=lambda key: int(key[:-4]))
+        assert sorted(first) == sorted(sample.key for sample in many.read(0))
+
+    @pytest.mark.parametrize("index", [-1, 2 * PART_SIZE + 3])
+    def test_index(self, many: Folder, index: int) -> None:
+        with pytest.raises(IndexError, match=rf"picture {index} of 515"):
+            many[index]
+
+    def test_small_to_send_to_workers(self, many: Source) -> None:
+        """Millions of Python objects would be copied into every worker as their reference counts change."""
+        assert len(pickle.dumps(many)) < 50 * len(many)
+
+    def test_fingerprint(self, tmp_path: Path) -> None:
+        """It depends on pictures and captions, not on where they are."""
+        prints = set()
+        for name in ("x", "y"):
+            write_pictures(tmp_path / name, ["1.png", "2.png"])
+            (tmp_path / name / "1.txt").write_text("one")
+            prints.add(open_source(str(tmp_path / name)).fingerprint)
+        assert len(prints) == 1
+        (tmp_path / "x/1.txt").write_text("two")
+        prints.add(open_source(str(tmp_path / "x")).fingerprint)
+        (tmp_path / "x/2.png").write_bytes(b"changed")
+        prints.add(open_source(str(tmp_path / "x")).fingerprint)
+        write_pictures(tmp_path / "x", ["3.png"])
+        prints.add(open_source(str(tmp_path / "x")).fingerprint)
+        assert len(prints) == 4
+
+
+@pytest.fixture(autouse=True)
+def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
