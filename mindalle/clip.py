@@ -244,12 +244,12 @@ def load_native_clip(directory: str | Path) -> NativeClip:
 
 
 def read_clip_tokenizer(path: str | Path, config: ClipConfig, *, where: str) -> ClipTokenizer:
-    """Read a text tokenizer for a CLIP.
+    """Read a text tokenizer for a CLIP from its file.
 
     Args:
         path: a Hugging Face tokenizer, `text_tokenizer.json`.
-        config: of the CLIP, whose vocabulary must be the tokenizer's and two ids.
-        where: the config is, for messages.
+        config: see `make_clip_tokenizer`.
+        where: see `make_clip_tokenizer`.
 
     Returns:
         The tokenizer.
@@ -258,20 +258,38 @@ def read_clip_tokenizer(path: str | Path, config: ClipConfig, *, where: str) -> 
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no tokenizer, or of another size than the CLIP's.
     """
-    from tokenizers import Tokenizer
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer at {path}: a native CLIP reads text with it (tools/train_tokenizer.py makes one)"
         )
+    return make_clip_tokenizer(path.read_bytes(), config, source=str(path), where=where)
+
+
+def make_clip_tokenizer(content: bytes, config: ClipConfig, *, source: str, where: str) -> ClipTokenizer:
+    """Make a text tokenizer for a CLIP.
+
+    Args:
+        content: of a Hugging Face tokenizer's file.
+        config: of the CLIP, whose vocabulary must be the tokenizer's and two ids.
+        source: where the content is from, for messages.
+        where: the config is, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: if the content is no tokenizer, or one of another size than the CLIP's.
+    """
+    from tokenizers import Tokenizer
+
     try:
-        tokenize = ClipTokenizer(Tokenizer.from_file(str(path)), config.context_length)
+        tokenize = ClipTokenizer(Tokenizer.from_buffer(content), config.context_length)
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise CheckpointError(f"{path} is not a Hugging Face tokenizer: {error}") from error
+        raise CheckpointError(f"{source} is not a Hugging Face tokenizer: {error}") from error
     if config.vocab_size != tokenize.vocab_size:
         raise ValueError(
-            f"{where}: vocab_size must be {tokenize.vocab_size} (ids of {path.name} + 2), "
+            f"{where}: vocab_size must be {tokenize.vocab_size} (ids of {source} + 2), "
             f"got {config.vocab_size}: was this CLIP trained with another tokenizer?"
         )
     return tokenize

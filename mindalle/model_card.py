@@ -125,7 +125,7 @@ def _training(run: Run, *, is_raw: bool) -> Iterator[str]:
     if run.is_averaged:
         yield "weights of the last step" if is_raw else "weights averaged over the steps"
     for setting in DATA_SETTINGS:
-        value = run.setting("data", setting)
+        value = run.data_setting(setting)
         names = [_shown(path) for path in (value if isinstance(value, list) else [value]) if path]
         if names:
             yield f"{setting.replace('_', ' ')}: " + ", ".join(f"`{name}`" for name in names)

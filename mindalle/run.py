@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from checkpoint_io import CheckpointError, config_from_mapping, load_strict, read_tensors, read_yaml
-from mindalle.clip import ClipConfig, NativeClip, load_native_clip, read_clip_tokenizer
+from mindalle.clip import ClipConfig, NativeClip, load_native_clip, make_clip_tokenizer
 from mindalle.hub import resolve_model
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, load_tokenizer, tokenizer_from_config
 from stage2_transformer.checkpoint import STAGE2, build_model
 
 RUN_KEY = "mindalle"
-"""Of a Lightning checkpoint: {"kind": ..., "config": ...}, what is needed to build the model."""
+"""Of a Lightning checkpoint: what is needed to build the model, {"kind": ..., "config": ...}.
+
+Of a CLIP also "text_tokenizer": with another one it would read other words.
+"""
 CONFIGS: dict[str, type[Any]] = {kind: config for kind, (_, config) in (STAGE1 | STAGE2).items()}
 CONFIGS["clip"] = ClipConfig
 
@@ -43,10 +46,10 @@ class Run:
         """Whether the weights are averages over the training."""
         return "current_model_state" in self.content
 
-    def setting(self, section: Literal["model", "data"], name: str) -> Any:
-        """What the run's config.yaml says for an argument of its model or data; None = nothing."""
-        found: Any = self.settings.get(section)
-        for key in ("init_args", name):
+    def data_setting(self, name: str) -> Any:
+        """What the run's config.yaml says for an argument of its data module; None = nothing."""
+        found: Any = self.settings
+        for key in ("data", "init_args", name):
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
 
@@ -157,31 +160,22 @@ def load_image_tokenizer(name_or_path: str | Path) -> QuantizedAutoencoder:
     return tokenizer
 
 
-def clip_of_run(run: Run, text_tokenizer: str | Path | None = None, *, use_raw: bool = False) -> NativeClip:
-    """Build the CLIP of a run, with its text tokenizer.
+def clip_of_run(run: Run, *, use_raw: bool = False) -> NativeClip:
+    """Build the CLIP of a run, with the text tokenizer it was trained with.
 
     Args:
         run: of a CLIP.
-        text_tokenizer: file; None = the one that the run's settings name.
         use_raw: see `Run.build`.
 
     Returns:
         The CLIP, in evaluation mode, float32, on the CPU.
 
     Raises:
-        FileNotFoundError: if there is no such tokenizer.
-        ValueError: if nothing says which tokenizer, it is not the CLIP's, or the weights do not fit.
+        ValueError: if the checkpoint lacks the tokenizer, or the weights do not fit the config.
     """
-    file = text_tokenizer or run.setting("model", "text_tokenizer")
-    pretrained = run.setting("model", "pretrained")
-    if not file and pretrained:
-        file = resolve_model(pretrained) / "text_tokenizer.json"
-    if not file:
-        raise CheckpointError(
-            f"{run.file}: no config.yaml beside it says which text tokenizer this CLIP reads with; "
-            "export it by itself with --text-tokenizer"
-        )
-    tokenize = read_clip_tokenizer(file, run.config, where=str(run.file))
+    words = str(run.content[RUN_KEY].get("text_tokenizer")).encode()
+    source = f"the text tokenizer in {run.file}"
+    tokenize = make_clip_tokenizer(words, run.config, source=source, where=str(run.file))
     return NativeClip(model=run.build(use_raw=use_raw), config=run.config, tokenize=tokenize)
 
 

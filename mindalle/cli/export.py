@@ -42,9 +42,9 @@ def build_parser(prog: str) -> Parser:
     add("--raw-weights", action="store_true", help="of RUN's last step, where it has averaged ones too")
     add("--card", type=Path, metavar="FILE", help="README.md to store; default: one is written")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default: as trained")
-    add("--text-tokenizer", type=Path, metavar="FILE", help="default: the one of the run's config.yaml")
     add = parser.add_argument_group("for a sequence model").add_argument
     add("--image-tokenizer", metavar="MODEL", help="run, or any model; default: of the run's config.yaml")
+    add("--text-tokenizer", type=Path, metavar="FILE", help="default: of the run's config.yaml")
     add("--clip", metavar="MODEL", help="run or native directory of a CLIP to put beside it")
     add("--temperature", type=float, metavar="T", help="default to store")
     add("--top-k", type=positive_int, metavar="K", help="default to store")
@@ -80,7 +80,7 @@ def export_run(args: argparse.Namespace) -> None:
     else:
         _check_options(args, opened)
         if opened.kind == "clip":
-            parts = {"clip": clip_of_run(opened, args.text_tokenizer, use_raw=args.raw_weights)}
+            parts = {"clip": clip_of_run(opened, use_raw=args.raw_weights)}
         else:
             parts = {"image_tokenizer": opened.build(use_raw=args.raw_weights)}
     name, is_raw = args.destination.absolute().name, args.raw_weights
@@ -110,7 +110,7 @@ def _sampling(args: argparse.Namespace) -> SamplingDefaults:
 
 def _check_options(args: argparse.Namespace, opened: Run) -> None:
     """Refuse options of a sequence model for a run of anything else."""
-    names = ["image_tokenizer", "clip", *SAMPLING, *(["text_tokenizer"] if opened.kind != "clip" else [])]
+    names = ("image_tokenizer", "text_tokenizer", "clip", *SAMPLING)
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
     if given:
         raise UsageError(f"{', '.join(given)}: not for a {opened.kind}, which is what {opened.file} holds")
@@ -129,13 +129,13 @@ def _parts_with_model(args: argparse.Namespace, opened: Run) -> dict[str, Any]:
                 f"--{option.replace('_', '-')} goes with a model that reads text: {opened.file} has the "
                 f"condition {condition.kind!r}"
             )
-    named = args.image_tokenizer or opened.setting("data", "image_tokenizer")
+    named = args.image_tokenizer or opened.data_setting("image_tokenizer")
     image_tokenizer = load_image_tokenizer(_needed(named, "--image-tokenizer", opened))
     check_fit(opened.config, image_tokenizer.code_shape, image_tokenizer.codebook(), source=str(opened.file))
     parts: dict[str, Any] = {"image_tokenizer": image_tokenizer}
     parts["model"] = opened.build(image_tokenizer.codebook().detach(), use_raw=args.raw_weights)
     if condition.kind == "text":
-        named = args.text_tokenizer or opened.setting("data", "text_tokenizer")
+        named = args.text_tokenizer or opened.data_setting("text_tokenizer")
         parts["text_tokenizer"] = TextTokenizer.from_file(
             _needed(named, "--text-tokenizer", opened),
             length=condition.length,

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from mindalle.clip import ClipConfig, load_native_clip, read_clip_tokenizer
-from mindalle.hub import resolve_model
+from mindalle.clip import ClipConfig, read_clip_tokenizer
+from mindalle.run import RUN_KEY, load_own_clip
 from mindalle.training.base import OptimizerConfig, Training
 
 RECALLS = (1, 5)  # of how many captions one must be the picture's own
@@ -34,7 +34,7 @@ class ClipTraining(Training):
         text_tokenizer: file of the captions' tokenizer, `text_tokenizer.json`.
         optimizer: settings; None = the defaults.
         max_logit_scale: 1 / temperature is kept in [1, max_logit_scale]; >= 1, the paper's is 100.
-        pretrained: a native checkpoint with a CLIP to start from, see `mindalle.hub.resolve_model`; its
+        pretrained: the CLIP to start from, a training run or a native checkpoint, see `load_own_clip`; its
             config and its text tokenizer are taken, and must not be passed.
 
     Raises:
@@ -59,7 +59,7 @@ class ClipTraining(Training):
         self.text_tokenizer = text_tokenizer
         self.max_logit_scale = max_logit_scale
         if pretrained is not None and config is None and text_tokenizer is None:
-            clip = load_native_clip(resolve_model(pretrained))
+            clip = load_own_clip(pretrained)
             self.model, self.config, self.tokenize = clip.model.train(), clip.config, clip.tokenize
         elif pretrained is None and config is not None and text_tokenizer is not None:
             self.model, self.config = config.build(), config
@@ -131,6 +131,11 @@ class ClipTraining(Training):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(self.max_logit_scale))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what the weights are of, and the words that the text ids stand for."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[RUN_KEY]["text_tokenizer"] = self.tokenize.to_str()
 
     def _encode(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Unit features of pictures and captions, float32 (B, C) each, and the captions' ids (B, N)."""

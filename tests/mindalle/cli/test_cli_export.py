@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from cli_results import Command
-from clip_models import CAPTIONS, captioned, clip_config, clip_training, fit, write_tokenizer
+from clip_models import CAPTIONS, captioned, clip_training, fit
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from checkpoint_io import config_to_mapping, read_tensors
@@ -26,24 +26,20 @@ from stage1_vqgan import RQVAE, VQGAN, load_tokenizer
 from stage2_transformer import GPT, ConditionConfig, RQTransformer, SamplingParams
 
 
-def save_run(path: Path, kind: str, model: Any, *, config: Any = None, **content: Any) -> Path:
+def save_run(path: Path, kind: str, model: Any) -> Path:
     """A checkpoint as Lightning saves one of our training modules."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    about = {"kind": kind, "config": config_to_mapping(config or model.config)}
+    about = {"kind": kind, "config": config_to_mapping(model.config)}
     weights["discriminator.weight"] = torch.zeros(3)
-    torch.save({"state_dict": weights, RUN_KEY: about, "global_step": 1234, **content}, path)
+    torch.save({"state_dict": weights, RUN_KEY: about, "global_step": 1234}, path)
     return path
 
 
-def save_settings(
-    folder: Path, *, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None
-) -> None:
+def save_settings(folder: Path, data: dict[str, Any]) -> None:
     """The config.yaml that LightningCLI writes."""
-    sections = {
-        name: {"class_path": "x.Y", "init_args": args} for name, args in (("data", data), ("model", model))
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 0, "trainer": {}, **sections}))
+    settings = {"seed_everything": 0, "trainer": {}, "data": {"class_path": "x.Y", "init_args": data}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
 
 
 @pytest.fixture
@@ -67,7 +63,7 @@ def runs(tmp_path: Path, words: Path, tiny_vqgan: VQGAN, tiny_gpt: GPT) -> Path:
         "image_tokenizer": str(tmp_path / "vqgan"),
         "text_tokenizer": str(words),
     }
-    save_settings(tmp_path / "gpt", data=data)
+    save_settings(tmp_path / "gpt", data)
     return tmp_path
 
 
@@ -78,7 +74,6 @@ def clip_run(tmp_path: Path, words: Path) -> Path:
     callbacks = [EMAWeightAveraging(decay=0.9), ModelCheckpoint(run, save_last=True, every_n_train_steps=5)]
     module = clip_training(words)
     fit(module, [captioned(CAPTIONS)], max_steps=5, callbacks=callbacks, enable_checkpointing=True)
-    save_settings(run, model={"text_tokenizer": str(words), "pretrained": None})
     return run
 
 
@@ -161,7 +156,7 @@ class TestWhatIsExported:
         save_run(tmp_path / "rqvae" / "checkpoints" / "last.ckpt", "rqvae", tiny_rqvae)
         save_run(tmp_path / "rq" / "checkpoints" / "last.ckpt", "rq_transformer", tiny_rq)
         data = {"image_tokenizer": str(tmp_path / "rqvae"), "text_tokenizer": str(words)}
-        save_settings(tmp_path / "rq", data=data)
+        save_settings(tmp_path / "rq", data)
         assert mindalle("export", tmp_path / "rq", tmp_path / "my-model", "--top-k", 5).code == 0
         pipe = Pipeline.from_pretrained(tmp_path / "my-model")
         expected = Pipeline(tiny_rqvae, tiny_rq, tiny_text_tokenizer)
@@ -217,8 +212,7 @@ class TestClip:
         batch = captioned(CAPTIONS)
         trainer = fit(clip_training(words), [batch], max_steps=40)
         trainer.save_checkpoint(tmp_path / "run.ckpt")
-        options = ("--text-tokenizer", words)
-        assert mindalle("export", tmp_path / "run.ckpt", tmp_path / "my-clip", *options).code == 0
+        assert mindalle("export", tmp_path / "run.ckpt", tmp_path / "my-clip").code == 0
         reranker = ClipReranker.from_pretrained(tmp_path / "my-clip")
         images = to_pil(batch["images"])
         for index, caption in enumerate(CAPTIONS):
@@ -239,39 +233,32 @@ class TestClip:
         """A checkpoint has one text_tokenizer.json: with the model's ids the CLIP would read nonsense."""
         other = runs / "other.json"
         TextTokenizer.train(["quite other words"], vocab_size=64, length=6).save(other)
-        module = clip_training(other)
-        save_run(runs / "clip" / "last.ckpt", "clip", module.model, config=module.config)
-        save_settings(runs / "clip", model={"text_tokenizer": str(other)})
+        trainer = fit(clip_training(other), [captioned(CAPTIONS)], max_steps=1)
+        trainer.save_checkpoint(runs / "clip" / "last.ckpt")
         result = mindalle("export", runs / "gpt", runs / "out", "--clip", runs / "clip")
         assert (result.code, len(result.err)) == (1, 1)
         assert "the model and the CLIP read text with different tokenizers" in result.err[0]
         assert not (runs / "out").exists()
-
-    def test_started_from_a_pretrained_one(self, mindalle: Command, tmp_path: Path, clip_run: Path) -> None:
-        """Then the run's config names no text tokenizer: it is the pretrained CLIP's."""
-        assert mindalle("export", clip_run, tmp_path / "first").code == 0
-        pretrained = {"text_tokenizer": None, "pretrained": str(tmp_path / "first")}
-        save_settings(clip_run, model=pretrained)
-        assert mindalle("export", clip_run, tmp_path / "second").code == 0
-        ClipReranker.from_pretrained(tmp_path / "second")
 
     def test_is_no_model(self, mindalle: Command, tmp_path: Path, clip_run: Path) -> None:
         assert mindalle("export", clip_run, tmp_path / "my-clip").code == 0
         with pytest.raises(ValueError, match=r"my-clip holds a CLIP alone, .* pass it as such \(--clip\)"):
             Pipeline.from_pretrained(tmp_path / "my-clip")
 
-    def test_without_its_tokenizer(self, mindalle: Command, tmp_path: Path, clip_run: Path) -> None:
-        (clip_run / "config.yaml").unlink()
-        result = mindalle("export", clip_run, tmp_path / "out")
-        assert result.code == 1
-        assert "no config.yaml beside it says which text tokenizer" in result.err[0]
-        words = write_tokenizer(tmp_path)
+    def test_with_a_tokenizer_that_is_none(self, mindalle: Command, tmp_path: Path, words: Path) -> None:
         module = clip_training(words)
-        config = clip_config(words, vocab_size=9)
-        save_run(tmp_path / "run.ckpt", "clip", module.model, config=config)
-        result = mindalle("export", tmp_path / "run.ckpt", tmp_path / "out", "--text-tokenizer", words)
-        assert result.code == 1
-        assert f"run.ckpt: vocab_size must be {module.config.vocab_size}" in result.err[0]
+        about = {"kind": "clip", "config": config_to_mapping(module.config)}
+        weights = {"state_dict": module.state_dict()}
+        short = about["config"] | {"vocab_size": 9}
+        for wrong, message in (
+            ({}, "the text tokenizer in .*run.ckpt is not a Hugging Face tokenizer"),
+            ({"text_tokenizer": "{}"}, "the text tokenizer in .*run.ckpt is not a Hugging Face tokenizer"),
+            ({"text_tokenizer": words.read_text(), "config": short}, "run.ckpt: vocab_size must be .* got 9"),
+        ):
+            torch.save(weights | {RUN_KEY: about | wrong}, tmp_path / "run.ckpt")
+            result = mindalle("export", tmp_path / "run.ckpt", tmp_path / "out")
+            assert (result.code, len(result.err)) == (1, 1)
+            assert re.search(message, result.err[0]), result.err[0]
 
 
 class TestWhichCheckpoint:

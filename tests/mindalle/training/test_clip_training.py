@@ -157,7 +157,11 @@ class TestTraining:
     def test_the_checkpoint_tells_what_it_holds(self, training: ClipTraining, tmp_path: Path) -> None:
         fit(training, [captioned(CAPTIONS)], max_steps=1).save_checkpoint(tmp_path / "run.ckpt")
         content = torch.load(tmp_path / "run.ckpt", weights_only=True)
-        assert content[RUN_KEY] == {"kind": "clip", "config": config_to_mapping(training.config)}
+        assert content[RUN_KEY] == {
+            "kind": "clip",
+            "config": config_to_mapping(training.config),
+            "text_tokenizer": Path(str(training.text_tokenizer)).read_text(),
+        }
         assert set(content["state_dict"]) == {f"model.{name}" for name in training.model.state_dict()}
 
     def test_a_resumed_run_goes_on_the_same(self, tokenizer_file: Path, tmp_path: Path) -> None:
@@ -177,7 +181,7 @@ class TestVocabulary:
         config = clip_config(tokenizer_file, vocab_size=40)
         expected = clip_config(tokenizer_file).vocab_size
         with pytest.raises(
-            ValueError, match=rf"vocab_size must be {expected} \(ids of text_tokenizer.json \+ 2\), got 40"
+            ValueError, match=rf"vocab_size must be {expected} \(ids of .*text_tokenizer.json \+ 2\), got 40"
         ):
             fit(ClipTraining(config, str(tokenizer_file)), [captioned(CAPTIONS)], max_steps=1)
 
@@ -197,11 +201,17 @@ class TestVocabulary:
             ClipTraining(config, str(tokenizer_file), max_logit_scale=0.5)
 
 
-def test_starts_from_a_pretrained_one(training: ClipTraining, tmp_path: Path) -> None:
-    training.setup("fit")
-    clip = NativeClip(model=training.model, config=training.config, tokenize=training.tokenize)
-    save_checkpoint(tmp_path / "native", clip=clip)
-    module = ClipTraining(pretrained=str(tmp_path / "native"))
+@pytest.mark.parametrize("kind", ["native", "run"])
+def test_starts_from_a_pretrained_one(training: ClipTraining, tmp_path: Path, kind: str) -> None:
+    """Its config and text tokenizer come with it."""
+    trainer = fit(training, [captioned(CAPTIONS)], max_steps=1)
+    source = tmp_path / ("native" if kind == "native" else "run.ckpt")
+    if kind == "native":
+        clip = NativeClip(model=training.model, config=training.config, tokenize=training.tokenize)
+        save_checkpoint(source, clip=clip)
+    else:
+        trainer.save_checkpoint(source)
+    module = ClipTraining(pretrained=str(source))
     assert module.model.training
     assert config_to_mapping(module.config) == config_to_mapping(training.config)
     for name, tensor in training.model.state_dict().items():
