@@ -207,13 +207,28 @@ def _codebook(expected: Tensor, data: Any) -> Tensor:
 
 
 def _check_data(config: GPTConfig | RQTransformerConfig, data: Any) -> None:
-    """Refuse data of other codes or classes; the text is checked with each batch, by the model."""
+    """Refuse data of other codes or conditions, as far as the data module tells (CodeData does)."""
     if hasattr(data, "codebook"):
         code_shape = getattr(data, "code_shape", config.code_shape)
-        check_fit(config, tuple(code_shape), data.codebook(), source="model.config")
-    num_classes = getattr(data, "num_classes", None)
-    if config.condition.kind == "class" and num_classes and num_classes > config.condition.vocab_size:
+        check_fit(config, tuple(code_shape), data.codebook(), source="config")
+    condition = config.condition
+    kind = getattr(data, "condition", condition.kind)
+    if kind != condition.kind:
         raise ValueError(
-            f"the data have {num_classes} classes, the model {config.condition.vocab_size}: "
+            f"the data's condition is {kind!r}, the model's {condition.kind!r}: set data.condition or "
+            "config.condition.kind"
+        )
+    num_classes = getattr(data, "num_classes", None) or 0
+    if condition.kind == "class" and num_classes > condition.vocab_size:
+        raise ValueError(
+            f"the data have {num_classes} classes, the model {condition.vocab_size}: "
             "set config.condition.vocab_size to the number of classes"
         )
+    text_tokenizer = getattr(data, "text_tokenizer", None)
+    if condition.kind == "text" and text_tokenizer is not None:
+        sizes = (text_tokenizer.length, text_tokenizer.vocab_size)
+        if sizes[0] != condition.length or sizes[1] > condition.vocab_size:
+            raise ValueError(
+                f"the text tokenizer gives {sizes[0]} ids below {sizes[1]}, the model reads "
+                f"{condition.length} below {condition.vocab_size}: set data.text_length and config.condition"
+            )

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from mindalle.checkpoint import load_checkpoint, save_checkpoint
 from mindalle.run import open_run
+from mindalle.text import TextTokenizer
 from mindalle.training import GPTTraining, RQTransformerTraining
 from mindalle.training.base import OptimizerConfig
 from mindalle.training.callbacks import SeededSteps
@@ -280,6 +281,10 @@ class TestData:
             ({"num_codes": 25}, "a vocabulary of 24 codes, its image tokenizer 25"),
             ({"code_shape": (2, 2)}, r"draws codes of shape .*, its image tokenizer makes \(2, 2\)"),
             ({"num_classes": 6}, "the data have 6 classes, the model 5: set config.condition.vocab_size"),
+            (
+                {"condition": "text"},
+                "the data's condition is 'text', the model's 'class': set data.condition",
+            ),
         ],
     )
     def test_other_data(self, model: GPT | RQTransformer, attributes: dict[str, Any], message: str) -> None:
@@ -287,6 +292,18 @@ class TestData:
         data = OneBatch(batch_for(model.code_shape, CONDITIONS["class"]), table, **attributes)
         with pytest.raises(ValueError, match=message):
             fit(training(model, "class"), data, max_steps=1)
+
+    def test_the_text_tokenizer(
+        self, tiny_gpt: GPT, table: Tensor, tiny_text_tokenizer: TextTokenizer
+    ) -> None:
+        """Its ids may be fewer than the model has; its length must be the same."""
+        batch = batch_for((4, 4), CONDITIONS["text"])
+        data = OneBatch(batch, table, condition="text", text_tokenizer=tiny_text_tokenizer)
+        fit(GPTTraining(tiny_gpt.config), data, max_steps=1)
+        for sizes in ({"length": 5}, {"vocab_size": tiny_text_tokenizer.vocab_size - 1}):
+            config = replace(tiny_gpt.config, condition=replace(CONDITIONS["text"], **sizes))
+            with pytest.raises(ValueError, match=r"the text tokenizer gives 6 ids below 41, the model reads"):
+                fit(GPTTraining(config), data, max_steps=1)
 
     def test_codebook_of_another_width(self, tiny_rq: RQTransformer) -> None:
         data = OneBatch(batch_for(tiny_rq.code_shape, CONDITIONS["text"]), torch.zeros(3, 24, 9))
