@@ -33,6 +33,8 @@ from mindalle.data.code_cache import (
 )
 from mindalle.data.part_encoder import EncodingJob, PartEncoder
 from mindalle.download import exclusive
+from mindalle.run import load_image_tokenizer
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 logger = logging.getLogger(__name__)
 NUM_NAMED = 10  # unreadable pictures that are named; all are in the cache
@@ -56,16 +58,16 @@ def encode_source(job: EncodingJob, *, num_processes: int = 1) -> CacheHeader:
     """
     job.directory.mkdir(parents=True, exist_ok=True)
     with exclusive(job.directory / ".lock"):
-        plan = _plan(job)
+        tokenizer, tokenizer_hash = identified_tokenizer(job.image_tokenizer)
+        plan = _plan(job, tokenizer, tokenizer_hash)
         _begin(job.directory, plan)
         if (job.directory / HEADER).is_file():
             return read_header(job.directory)
-        _encode_parts(job, plan, num_processes)
+        _encode_parts(job, plan, tokenizer, num_processes)
         return _finish(job, plan)
 
 
-def _plan(job: EncodingJob) -> CachePlan:
-    tokenizer, tokenizer_hash = identified_tokenizer(job.image_tokenizer)
+def _plan(job: EncodingJob, tokenizer: QuantizedAutoencoder, tokenizer_hash: str) -> CachePlan:
     if tokenizer.codebook_size > 1 << 16:
         raise ValueError(
             f"codes are stored as uint16, so V must be at most 65536, got {tokenizer.codebook_size}"
@@ -177,7 +179,9 @@ class _Report:
             self.num_named += 1
 
 
-def _encode_parts(job: EncodingJob, plan: CachePlan, num_processes: int) -> None:
+def _encode_parts(
+    job: EncodingJob, plan: CachePlan, tokenizer: QuantizedAutoencoder, num_processes: int
+) -> None:
     """Encode the parts that are missing."""
     is_there = [part_path(job.directory, number).is_file() for number in range(plan.num_parts)]
     missing = [number for number in range(plan.num_parts) if not is_there[number]]
@@ -188,7 +192,7 @@ def _encode_parts(job: EncodingJob, plan: CachePlan, num_processes: int) -> None
         if num_processes > 1 and len(missing) > 1:
             _encode_in_processes(job, missing, min(num_processes, len(missing)), report)
         else:
-            encoder = PartEncoder(job, report.bar.update)
+            encoder = PartEncoder(job, tokenizer, report.bar.update)
             for number in missing:
                 report.finish(encoder.encode(number))
 
@@ -226,9 +230,8 @@ _worker: PartEncoder  # of a process of the pool, which has no other place for i
 def _start_worker(job: EncodingJob, num_pictures: Any, is_stopped: Any, num_threads: int) -> None:
     """Prepare a process of the pool: it ends when its parent stops or dies."""
     global _worker
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent says when to stop
+    # Ctrl-C reaches the whole group, but it is the parent that says when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 
@@ -245,7 +248,7 @@ def _start_worker(job: EncodingJob, num_pictures: Any, is_stopped: Any, num_thre
         with num_pictures.get_lock():
             num_pictures.value += 1
 
-    _worker = PartEncoder(job, count)
+    _worker = PartEncoder(job, load_image_tokenizer(job.image_tokenizer), count)
 
 
 def _encode_in_worker(number: int) -> int:

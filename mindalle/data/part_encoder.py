@@ -20,7 +20,7 @@ from checkpoint_io import atomic_path
 from mindalle.data.code_cache import part_path
 from mindalle.data.samples import Source, Unreadable, seed_of
 from mindalle.data.transforms import TransformConfig, transform
-from mindalle.run import load_image_tokenizer
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,16 @@ class PartEncoder:
 
     Args:
         job: what to encode.
+        tokenizer: the image tokenizer that the job names.
         on_picture: called after each picture that was read, or could not be.
     """
 
-    def __init__(self, job: EncodingJob, on_picture: Callable[[], object]) -> None:
+    def __init__(
+        self, job: EncodingJob, tokenizer: QuantizedAutoencoder, on_picture: Callable[[], object]
+    ) -> None:
         self.job = job
+        self.tokenizer = tokenizer.to(job.device)
         self.on_picture = on_picture
-        self.tokenizer = load_image_tokenizer(job.image_tokenizer).to(job.device)
 
     def encode(self, number: int) -> int:
         """Write a part, its codes last: a part with codes is whole.
