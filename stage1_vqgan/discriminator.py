@@ -27,6 +27,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
+        self.min_size = 3 << config.num_layers  # pixels of a side that leave one patch
         widths = [config.width * min(1 << i, MAX_WIDENING) for i in range(config.num_layers + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
@@ -43,7 +44,7 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w), positive where a patch looks real.
 
-        H and W must be at least 3 x 2^num_layers pixels.
+        H and W must be at least `min_size`, 3 x 2^num_layers pixels.
         """
         return self.layers(images)  # type: ignore[no-any-return]
 

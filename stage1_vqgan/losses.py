@@ -93,18 +93,27 @@ class TokenizerLoss(nn.Module):
             similarity = similarity + self.config.perceptual_weight * parts["perceptual"]
         total = similarity + quantized.commitment_loss + quantized.codebook_loss
         parts |= {"commitment": quantized.commitment_loss, "codebook": quantized.codebook_loss}
-        if (
-            self.discriminator is not None
-            and last_layer is not None
-            and step >= self.config.adversarial_start
-        ):
-            generator = generator_loss(_frozen(self.discriminator, reconstructions))
-            weight = adaptive_weight(similarity, generator, last_layer) if self.config.is_adaptive else 1.0
-            adversary = hinge_loss(self.discriminator(images), self.discriminator(reconstructions.detach()))
-            total = total + self.config.adversarial_weight * weight * generator + adversary
-            parts |= {"generator": generator, "discriminator": adversary}
-            parts |= {"adaptive_weight": torch.as_tensor(weight)}
+        if self.discriminator is not None and last_layer is not None:
+            if self.is_adversarial(step):
+                generator = generator_loss(_frozen(self.discriminator, reconstructions))
+                weight = (
+                    adaptive_weight(similarity, generator, last_layer)
+                    if self.config.is_adaptive
+                    else torch.ones_like(generator)
+                )
+                adversary = hinge_loss(
+                    self.discriminator(images), self.discriminator(reconstructions.detach())
+                )
+                total = total + self.config.adversarial_weight * weight * generator + adversary
+                parts |= {"generator": generator, "discriminator": adversary, "adaptive_weight": weight}
+            else:
+                # distributed training waits for a gradient of every parameter, be it zero
+                total = total + 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the adversary learns and is heard at a step of the optimiser."""
+        return self.discriminator is not None and step >= self.config.adversarial_start
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

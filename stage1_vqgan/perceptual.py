@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ class LPIPS(nn.Module):
 
     Raises:
         ImportError: if torchmetrics or torchvision is missing.
-        FileNotFoundError: if the weights of VGG-16 cannot be had.
+        FileNotFoundError: if the weights of VGG-16 cannot be had or are damaged.
     """
 
     def __init__(self) -> None:
@@ -23,10 +24,11 @@ class LPIPS(nn.Module):
 
         try:
             self.network = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
-        except OSError as error:
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:  # no network; a damaged file
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise FileNotFoundError(
-                f"LPIPS needs VGG-16's weights, which torchvision could not download: {error}. "
-                f"Put vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, "
+                f"LPIPS needs VGG-16's weights, which torchvision could not download or read: {reason}. "
+                f"Put a good vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, "
                 "or set loss.perceptual to efflite or none"
             ) from error
 

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint_io import find_parts
-from mindalle.hub import resolve_model
 from mindalle.image import psnr
+from mindalle.run import load_image_tokenizer
 from mindalle.training.base import OptimizerConfig, Training
 from stage1_vqgan import RQVAE, VQGAN, RQVAEConfig, VQGANConfig
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
-from stage1_vqgan.checkpoint import tokenizer_from_part
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
 from stage1_vqgan.quantize import CodebookAverages, CodebookTrainingConfig
 
@@ -30,6 +28,10 @@ class TokenizerTraining(Training):
         optimizer: of tokenizer and discriminator; None = the originals' betas (0.5, 0.9).
         loss: terms and weights; None = L1 + LPIPS + PatchGAN.
         codebook: how codebooks learn; None = by gradient, from the quantizer's codebook loss.
+        is_pretrained: whether the codebooks are good already, and are not to start from the first batch.
+
+    Raises:
+        ValueError: if the pictures are too small for the discriminator.
     """
 
     model: QuantizedAutoencoder
@@ -40,25 +42,30 @@ class TokenizerTraining(Training):
         optimizer: OptimizerConfig | None,
         loss: TokenizerLossConfig | None,
         codebook: CodebookTrainingConfig | None,
+        *,
+        is_pretrained: bool = False,
     ) -> None:
         super().__init__(optimizer or OptimizerConfig(betas=(0.5, 0.9)))
         self.model = model
+        self.is_pretrained = is_pretrained
         self.loss = TokenizerLoss(loss or TokenizerLossConfig())
+        _check_size(model, self.loss)
         self.averages = CodebookAverages(model.quantizer, codebook) if codebook is not None else None
-        # (D, V): how often each code was chosen in this validation
-        depth, size = len(model.codebook()), model.codebook_size
-        self.register_buffer("code_counts", torch.zeros(depth, size, dtype=torch.int64), persistent=False)
-        self.code_counts: Tensor
+        # of the running batch: what the codebooks are to follow
+        self._assigned: tuple[Tensor, Tensor] | None = None
+        # (D, V): how often each code was chosen in this validation; no buffer, since in distributed training
+        # the buffers of all processes become the first one's at each batch
+        self._code_counts: Tensor
 
     def trained_modules(self) -> list[nn.Module]:
         """The tokenizer and the discriminator."""
         return [self.model, self.loss]
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """One batch; returns the loss. The codebooks move once, after all depths have chosen."""
+        """One batch; returns the loss."""
         images = batch["images"]
         latents: Tensor = self.model.encode_latents(images)
-        if self.averages is not None:
+        if self.averages is not None and not self.is_pretrained:
             self.averages.start(latents)
         quantized = self.model.quantizer(latents)
         reconstructions = self.model.decode_latents(quantized.latents)
@@ -69,12 +76,23 @@ class TokenizerTraining(Training):
             step=self.global_step,
             last_layer=self.model.decoder.last_layer,
         )
-        if self.averages is not None:
-            self.averages.update(latents, quantized.codes)
-            self.log("train/codes_alive", self.averages.usage())
+        self._assigned = (latents.detach(), quantized.codes)
         self._log_terms("train", images, reconstructions, terms.total, terms.parts)
         total: Tensor = terms.total
         return total
+
+    def on_after_backward(self) -> None:
+        """Move the codebooks, once per batch: after all depths have chosen and the loss was found sound."""
+        if self.averages is None or self._assigned is None:
+            return
+        self.averages.update(*self._assigned)
+        self._assigned = None
+        self.log("train/codes_alive", self.averages.usage())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the optimiser's hands off an adversary that has not begun: moments would count its zeros."""
+        if not self.loss.is_adversarial(self.global_step):
+            self.loss.zero_grad(set_to_none=True)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Log the loss on held-out images, without the adversary, and count codes."""
@@ -82,24 +100,25 @@ class TokenizerTraining(Training):
         reconstructions, quantized = self.model(images)
         terms = self.loss(images, reconstructions, quantized, step=self.global_step)
         self._log_terms("val", images, reconstructions, terms.total, terms.parts)
-        by_depth = quantized.codes.reshape(-1, len(self.code_counts))  # (B, h, w[, D]) -> (B h w, D)
-        for counts, codes in zip(self.code_counts, by_depth.unbind(dim=1), strict=True):
+        by_depth = quantized.codes.reshape(-1, len(self._code_counts))  # (B, h, w[, D]) -> (B h w, D)
+        for counts, codes in zip(self._code_counts, by_depth.unbind(dim=1), strict=True):
             counts += torch.bincount(codes, minlength=len(counts))
 
     def on_validation_epoch_start(self) -> None:
         """Count codes anew."""
-        self.code_counts.zero_()
+        shape = self.model.codebook().shape[:2]
+        self._code_counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log, per depth, the share of the codebook in use and its perplexity over the held-out images."""
-        counts = self.trainer.strategy.reduce(self.code_counts.clone(), reduce_op="sum").float()
+        counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum").float()
         probabilities = counts / counts.sum(dim=1, keepdim=True)
         perplexity = torch.special.entr(probabilities).sum(dim=1).exp()  # (D,)
-        for depth, (used, spread) in enumerate(
-            zip((counts > 0).float().mean(dim=1), perplexity, strict=True)
-        ):
-            self.log(f"val/usage_depth{depth}", used)
-            self.log(f"val/perplexity_depth{depth}", spread)
+        sizes = [len(table) for table in self.model.quantizer.parameters()]  # one where depths share it
+        sizes = sizes if len(sizes) == len(counts) else sizes * len(counts)
+        for depth, size in enumerate(sizes):
+            self.log(f"val/usage_depth{depth}", (counts[depth] > 0).sum() / size)
+            self.log(f"val/perplexity_depth{depth}", perplexity[depth])
 
     def _log_terms(
         self, stage: str, images: Tensor, reconstructions: Tensor, total: Tensor, parts: dict[str, Tensor]
@@ -119,7 +138,7 @@ class VQGANTraining(TokenizerTraining):
         optimizer: see `TokenizerTraining`.
         loss: see `TokenizerTraining`.
         codebook: see `TokenizerTraining`.
-        pretrained: tokenizer to start from: bundled name, path, or release.
+        pretrained: tokenizer to start from: training run, bundled name, path or release.
 
     Raises:
         ValueError: if there is neither config nor pretrained tokenizer, or the two differ.
@@ -135,7 +154,8 @@ class VQGANTraining(TokenizerTraining):
         codebook: CodebookTrainingConfig | None = None,
         pretrained: str | None = None,
     ) -> None:
-        super().__init__(_build(VQGAN, config, pretrained), optimizer, loss, codebook)
+        model = _build(VQGAN, config, pretrained)
+        super().__init__(model, optimizer, loss, codebook, is_pretrained=pretrained is not None)
 
 
 class RQVAETraining(TokenizerTraining):
@@ -146,7 +166,7 @@ class RQVAETraining(TokenizerTraining):
         optimizer: see `TokenizerTraining`.
         loss: see `TokenizerTraining`.
         codebook: of the moving averages.
-        pretrained: tokenizer to start from: bundled name, path, or release.
+        pretrained: tokenizer to start from: training run, bundled name, path or release.
 
     Raises:
         ValueError: if there is neither config nor pretrained tokenizer, or the two differ.
@@ -163,7 +183,17 @@ class RQVAETraining(TokenizerTraining):
         pretrained: str | None = None,
     ) -> None:
         codebook = codebook or CodebookTrainingConfig()
-        super().__init__(_build(RQVAE, config, pretrained), optimizer, loss, codebook)
+        model = _build(RQVAE, config, pretrained)
+        super().__init__(model, optimizer, loss, codebook, is_pretrained=pretrained is not None)
+
+
+def _check_size(model: QuantizedAutoencoder, loss: TokenizerLoss) -> None:
+    size, adversary = model.convnet.image_size, loss.discriminator
+    if adversary is not None and size < adversary.min_size:
+        raise ValueError(
+            f"the discriminator needs pictures of at least {adversary.min_size} pixels, got {size}: "
+            "lower loss.discriminator.num_layers, or set loss.adversarial_weight to 0"
+        )
 
 
 def _build(cls: Any, config: Any, pretrained: str | None) -> Any:
@@ -172,7 +202,7 @@ def _build(cls: Any, config: Any, pretrained: str | None) -> Any:
         if config is None:
             raise ValueError("model.config is missing: describe the model, or name a pretrained one")
         return cls(config)
-    model = tokenizer_from_part(find_parts(resolve_model(pretrained))["image_tokenizer"]).train()
+    model: Any = load_image_tokenizer(pretrained).train()
     if type(model) is not cls:
         raise ValueError(f"{pretrained} has a {type(model).__name__}, expected a {cls.__name__}")
     if config is not None and config != model.config:

@@ -56,11 +56,12 @@ class CodebookAverages(nn.Module):
         for i, table in enumerate(quantizer.parameters()):
             self.register_buffer(f"counts_{i}", torch.ones(len(table)))  # (V,) vectors per batch
             self.register_buffer(f"sums_{i}", table.detach().clone())  # (V, C)
-            self.register_buffer(f"ages_{i}", torch.zeros(len(table), dtype=torch.int64))  # (V,)
+            # (V,) batches since an entry was chosen
+            self.register_buffer(f"ages_{i}", torch.zeros(len(table), dtype=torch.int64))
 
     @torch.no_grad()
     def start(self, latents: Tensor) -> None:
-        """Set the codebooks to k-means centres of a first batch; later calls do nothing.
+        """Set the codebooks to k-means centres of a first batch; after that or an update it does nothing.
 
         Args:
             latents: (B, C, h, w).
@@ -70,7 +71,10 @@ class CodebookAverages(nn.Module):
         (quantizer,) = self._quantizer
         quantizer.fit(_join(latents.float()), self._cluster)
         for i, table in enumerate(quantizer.parameters()):
+            if _is_distributed():
+                dist.broadcast(table, src=0)  # sums on GPUs differ in their last bits from run to run
             self.get_buffer(f"sums_{i}").copy_(table)
+        self.num_updates += 1
 
     @torch.no_grad()
     def update(self, latents: Tensor, codes: Tensor) -> None:
@@ -86,14 +90,18 @@ class CodebookAverages(nn.Module):
             counts, sums, ages = (self.get_buffer(f"{name}_{i}") for name in ("counts", "sums", "ages"))
             chosen = _average(assignment, counts, sums, decay=self.config.decay)
             ages.add_(1)[chosen] = 0
-            if self.config.restart_after > 0 and bool((stale := ages >= self.config.restart_after).any()):
-                sums[stale] = self._pick(_join(assignment.vectors), int(stale.sum()))
-                counts[stale] = 1.0
-                ages[stale] = 0
+            if self.config.restart_after > 0:
+                stale = (ages > 0) & (ages % self.config.restart_after == 0)
+                if bool(stale.any()):
+                    sums[stale] = self._pick(_join(assignment.vectors), int(stale.sum()))
+                    counts[stale] = 1.0
             assignment.table.copy_(sums / _smoothed(counts).unsqueeze(1))
 
     def usage(self) -> Tensor:
-        """Share of the entries of all codebooks chosen in the last `restart_after` (or 100) batches."""
+        """Share of the entries of all codebooks chosen in the last `restart_after` (or 100) batches.
+
+        An entry that was moved counts once something chooses it.
+        """
         ages = torch.cat([buffer for name, buffer in self.named_buffers() if name.startswith("ages")])
         return (ages < (self.config.restart_after or 100)).float().mean()
 
@@ -125,7 +133,7 @@ def _average(assignment: Assignment, counts: Tensor, sums: Tensor, *, decay: flo
     """Take a batch into the moving averages, in place; returns which entries (V,) it chose."""
     new_counts = torch.bincount(assignment.codes, minlength=len(counts)).to(counts)
     new_sums = torch.zeros_like(sums).index_add_(0, assignment.codes, assignment.vectors.to(sums))
-    if dist.is_available() and dist.is_initialized():
+    if _is_distributed():
         dist.all_reduce(new_counts)
         dist.all_reduce(new_sums)
     counts.lerp_(new_counts, 1 - decay)
@@ -139,9 +147,13 @@ def _smoothed(counts: Tensor, epsilon: float = 1e-5) -> Tensor:
     return (counts + epsilon) * total / (total + len(counts) * epsilon)
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _join(tensor: Tensor) -> Tensor:
     """Concatenate a tensor (n, ...) of every device, in the order of their ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_distributed():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())

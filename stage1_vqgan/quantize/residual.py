@@ -125,8 +125,9 @@ class ResidualQuantizer(Quantizer):
             residual = residual - F.embedding(code, table.detach()).float()
         if not self.config.is_shared:
             return by_depth
-        vectors, shared_codes = (torch.cat(parts) for parts in list(zip(*by_depth, strict=True))[1:])
-        return [Assignment(self.table(0), vectors, shared_codes)]
+        # depth fastest: the latents of several devices then join in the order of one large batch
+        vectors = torch.stack([assignment.vectors for assignment in by_depth], dim=1)  # (M, D, C)
+        return [Assignment(self.table(0), vectors.flatten(0, 1), codes.flatten())]
 
     @torch.no_grad()
     def fit(self, latents: Tensor, cluster: Cluster) -> None:

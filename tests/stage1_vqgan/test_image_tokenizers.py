@@ -91,8 +91,8 @@ class TestContract:
         codes = tokenizer.encode(images)
         assert torch.equal(quantized.codes, codes)
         torch.testing.assert_close(reconstructions, tokenizer.decode(codes), atol=1e-4, rtol=1e-4)
-        assert quantized.loss.shape == ()
-        (reconstructions.square().mean() + quantized.loss).backward()
+        assert quantized.commitment_loss.shape == quantized.codebook_loss.shape == ()
+        (reconstructions.square().mean() + quantized.commitment_loss).backward()
         for name, parameter in tokenizer.encoder.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name

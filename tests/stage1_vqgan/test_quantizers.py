@@ -61,7 +61,7 @@ class TestContract:
         assert output.latents.dtype == torch.float32
         assert output.codes.shape[:3] == (2, 3, 4)
         assert output.codes.dtype == torch.int64
-        assert output.loss.shape == ()
+        assert output.commitment_loss.shape == output.codebook_loss.shape == ()
         assert torch.equal(quantizer.encode(latents), output.codes)
         torch.testing.assert_close(quantizer.decode(output.codes), output.latents)
         assert quantizer.all_codebooks().shape == (output.codes[0, 0, 0].numel(), 11, 5)
@@ -120,8 +120,9 @@ class TestVector:
         quantizer, latents = vector_quantizer(commitment_weight=0.25), draw_latents().requires_grad_()
         output = quantizer(latents)
         difference = (quantizer.decode(output.codes) - latents).detach()
-        torch.testing.assert_close(output.loss, 1.25 * difference.square().mean())
-        output.loss.backward()
+        torch.testing.assert_close(output.commitment_loss, 0.25 * difference.square().mean())
+        torch.testing.assert_close(output.codebook_loss, difference.square().mean())
+        (output.commitment_loss + output.codebook_loss).backward()
         slope = 2 * difference / difference.numel()
         torch.testing.assert_close(latents.grad, -0.25 * slope)
         by_entry = torch.zeros(11, 5).index_add(
@@ -150,17 +151,50 @@ class TestResidual:
         output = quantizer(latents)
         sums = quantizer.partial_sums(output.codes).detach()
         errors = [(latents.detach() - partial).square().mean() for partial in sums]
-        torch.testing.assert_close(output.loss, 0.5 * sum(errors) / 3)
-        output.loss.backward()
-        slope = sum(2 * (latents.detach() - partial) for partial in sums) / 3 / latents.numel()
-        torch.testing.assert_close(latents.grad, 0.5 * slope)
+        torch.testing.assert_close(output.commitment_loss, 0.5 * sum(errors) / 3)
+        torch.testing.assert_close(output.codebook_loss, sum(errors) / 3)
+        output.commitment_loss.backward()
+        slopes = [2 * (latents.detach() - partial) / 3 / latents.numel() for partial in sums]
+        torch.testing.assert_close(latents.grad, 0.5 * sum(slopes))
         assert all(table.grad is None for table in quantizer.parameters())  # it trains the encoder only
+
+    def test_codebook_loss(self, kind: str) -> None:
+        """An entry of depth d is part of the sums of depth d and all after it."""
+        quantizer, latents = residual_quantizer(kind), draw_latents().requires_grad_()
+        output = quantizer(latents)
+        sums = quantizer.partial_sums(output.codes).detach()
+        output.codebook_loss.backward()
+        assert latents.grad is None
+        slopes = [2 * (partial - latents.detach()) / 3 / latents.numel() for partial in sums]
+        expected = [torch.zeros_like(table) for table in quantizer.tables]
+        for depth in range(3):
+            slope = sum(slopes[depth:]).permute(0, 2, 3, 1).reshape(-1, 5)
+            table = expected[0 if kind == "shared" else depth]
+            table.index_add_(0, output.codes[..., depth].flatten(), slope)
+        for table, gradient in zip(quantizer.tables, expected, strict=True):
+            torch.testing.assert_close(table.grad, gradient)
 
     def test_partial_depth(self, kind: str) -> None:
         quantizer = residual_quantizer(kind)
         codes = quantizer.encode(draw_latents())
         for depth, partial in enumerate(quantizer.partial_sums(codes), start=1):
             torch.testing.assert_close(quantizer.decode(codes[..., :depth]), partial)
+
+    def test_assignments(self, kind: str) -> None:
+        """Every residual with its code, for the codebook that it was looked up in."""
+        quantizer, latents = residual_quantizer(kind), draw_latents()
+        codes = quantizer.encode(latents)
+        assignments = quantizer.assignments(latents, codes)
+        assert all(one.table is table for one, table in zip(assignments, quantizer.tables, strict=True))
+        left_over = torch.cat([latents[None], latents - quantizer.partial_sums(codes)])[:3].detach()
+        left_over = left_over.permute(1, 3, 4, 0, 2)  # (D, B, C, h, w) -> (B, h, w, D, C)
+        if kind == "shared":
+            torch.testing.assert_close(assignments[0].vectors, left_over.flatten(0, 3))
+            assert torch.equal(assignments[0].codes, codes.flatten())
+            return
+        for depth, assignment in enumerate(assignments):
+            torch.testing.assert_close(assignment.vectors, left_over[..., depth, :].flatten(0, 2))
+            assert torch.equal(assignment.codes, codes[..., depth].flatten())
 
     def test_soft_codes_along_the_greedy_path(self, kind: str) -> None:
         quantizer, latents = residual_quantizer(kind), draw_latents()

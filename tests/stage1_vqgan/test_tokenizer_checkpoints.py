@@ -332,7 +332,7 @@ class TestEveryLayout:
         tokenizer = load_tokenizer(tmp_path)
         assert all(p.requires_grad and not p.is_meta for p in tokenizer.parameters())
         reconstructions, quantized = tokenizer.train()(draw_images(2, 3, 16, 16))
-        (reconstructions.square().mean() + quantized.loss).backward()
+        (reconstructions.square().mean() + quantized.commitment_loss).backward()
         before = tokenizer.encoder.conv_in.weight.detach().clone()
         torch.optim.SGD(tokenizer.parameters(), lr=0.1).step()
         assert not torch.equal(tokenizer.encoder.conv_in.weight, before)
