@@ -146,7 +146,9 @@ class ImageData(StreamData):
 
     def val_dataloader(self) -> Any:
         """Batches in order; none without `val`."""
-        return self._loader(self.val_source, self.val_size, is_train=False) if self.val_source else []
+        if self.val_source is None:
+            return []
+        return self._loader(self.val_source, self.val_size, is_train=False)
 
     def _loader(self, source: Source, size: int | None, *, is_train: bool) -> StreamLoader:
         num_samples = size or len(source)

@@ -174,12 +174,14 @@ def _load(read: Reader, positions: range, num_samples: int) -> tuple[list[Any], 
     return loaded, unreadable
 
 
-class StreamLoader(DataLoader[Any]):
+class StreamLoader:
     """Reads a stream in worker processes, and knows how far the trainer is.
 
     Lightning saves and restores its state. Iterating gives as many batches as an epoch has: in training from
     where it was left, also into the next epoch; in evaluation always from the first. Batches get
     `num_skipped`, the unreadable samples that were replaced.
+
+    It has a DataLoader rather than being one, so that Lightning does not rebuild it with other samplers.
 
     Args:
         stream: the batches.
@@ -187,16 +189,20 @@ class StreamLoader(DataLoader[Any]):
     """
 
     def __init__(self, stream: Stream, *, num_workers: int = 0) -> None:
-        super().__init__(
+        self.stream = stream
+        self._loader = DataLoader(
             stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available()
         )
-        self.stream = stream
         self._skipped: set[str] = set()  # keys
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override] # a generator: begins with the first batch
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[Batch]:
         if not self.stream.is_train:
             self.stream.position = 0
-        for batch, unreadable in super().__iter__():
+        for batch, unreadable in self._loader:
             self._warn(unreadable)
             # before it is handed out: what the trainer saves after this batch goes on with the next
             self.stream.position += 1
