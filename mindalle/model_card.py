@@ -121,7 +121,7 @@ def _size(module: nn.Module) -> str:
 
 
 def _training(run: Run, *, is_raw: bool) -> Iterator[str]:
-    yield f"{run.num_steps:,} steps of the {run.kind}, from the checkpoint `{_shown(run.file)}`"
+    yield f"{run.num_steps:,} optimiser steps, up to the checkpoint `{_shown(run.file)}`"
     if run.is_averaged:
         yield "weights of the last step" if is_raw else "weights averaged over the steps"
     for setting in DATA_SETTINGS:

@@ -95,7 +95,7 @@ class TestWhatIsExported:
             assert card.startswith(f"# my-{kind}\n\nAn image tokenizer")
             size = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
             assert f"16x16 pixels to {'x'.join(map(str, model.code_shape))} codes of 24 | {size} |" in card
-            assert f"1,234 steps of the {kind}" in card
+            assert "- 1,234 optimiser steps, up to the checkpoint `last.ckpt`\n" in card
             assert f"python tools/reconstruct.py picture.png --model my-{kind}\n" in card
 
     def test_a_text_model_with_what_its_run_names(

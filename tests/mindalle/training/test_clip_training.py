@@ -13,12 +13,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+import yaml
 from clip_models import CAPTIONS, captioned, clip_config, clip_training, fit, write_tokenizer
+from PIL import Image
 from torch import Tensor
 
 from checkpoint_io import config_to_mapping
 from mindalle.checkpoint import save_checkpoint
+from mindalle.cli.export import main as export
+from mindalle.cli.train import main as train
 from mindalle.clip import NativeClip
+from mindalle.rerank import ClipReranker
 from mindalle.run import RUN_KEY
 from mindalle.training.clip import CaptionRetrieval, ClipTraining, contrastive_loss, pair_logits
 
@@ -217,6 +222,40 @@ def test_starts_from_a_pretrained_one(training: ClipTraining, tmp_path: Path, ki
     for name, tensor in training.model.state_dict().items():
         assert torch.equal(module.model.state_dict()[name], tensor)
     fit(module, [captioned(CAPTIONS)], max_steps=1)
+
+
+def test_from_a_config_to_a_reranker(tmp_path: Path, tokenizer_file: Path) -> None:
+    """As a user does it: pictures in a folder, a config, two commands."""
+    colours = {"red": (220, 30, 30), "green": (30, 160, 60)}
+    (tmp_path / "pictures").mkdir()
+    for colour, rgb in colours.items():
+        Image.new("RGB", (20, 20), rgb).save(tmp_path / "pictures" / f"{colour}.png")
+        (tmp_path / "pictures" / f"{colour}.txt").write_text(f"a {colour} apple\n")
+    settings = {
+        "config": config_to_mapping(clip_config(tokenizer_file)),
+        "text_tokenizer": str(tokenizer_file),
+    }
+    settings["optimizer"] = {"learning_rate": 3e-3, "warmup_steps": 2}
+    pictures, run = str(tmp_path / "pictures"), tmp_path / "run"
+    data = {
+        "train": pictures,
+        "val": pictures,
+        "transform": {"image_size": 16},
+        "batch_size": 2,
+        "num_workers": 0,
+    }
+    config = {
+        "model": {"class_path": "mindalle.training.ClipTraining", "init_args": settings},
+        "data": {"class_path": "mindalle.data.ImageData", "init_args": data},
+        "trainer": {"accelerator": "cpu", "max_steps": 30, "logger": False, "enable_progress_bar": False}
+        | {"check_val_every_n_epoch": 15, "default_root_dir": str(run), "enable_model_summary": False},
+    }
+    (tmp_path / "clip.yaml").write_text(yaml.safe_dump(config))
+    assert train(["fit", "--config", str(tmp_path / "clip.yaml")]) == 0
+    assert export([str(run), str(tmp_path / "my-clip")]) == 0
+    reranker = ClipReranker.from_pretrained(tmp_path / "my-clip")
+    images = [Image.new("RGB", (40, 30), rgb) for rgb in colours.values()]
+    assert [int(reranker.score(images, f"a {colour} apple").argmax()) for colour in colours] == [0, 1]
 
 
 class TestRetrieval:
