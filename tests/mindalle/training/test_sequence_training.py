@@ -1,10 +1,8 @@
-"""Training of sequence models: losses fall, runs resume exactly, and pretrained models are taken up."""
+"""Training of sequence models: losses fall, runs resume exactly, configs build it."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,119 +14,17 @@ import torch.nn.functional as F
 import yaml
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.cli import LightningCLI
+from sequence_runs import CONDITIONS, FAST, OneBatch, assert_equal, batch_for, both, fit, training
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from mindalle.checkpoint import load_checkpoint, save_checkpoint
 from mindalle.run import open_run
 from mindalle.text import TextTokenizer
 from mindalle.training import GPTTraining, RQTransformerTraining
 from mindalle.training.base import OptimizerConfig
-from mindalle.training.callbacks import SeededSteps
 from mindalle.training.sequence import SequenceTraining
-from stage1_vqgan import RQVAE, VQGAN
-from stage2_transformer import GPT, ConditionConfig, RQTransformer, TransformerConfig
+from stage2_transformer import GPT, ConditionConfig, RQTransformer
 from stage2_transformer.layers import Transformer
 from stage2_transformer.losses import SequenceLossConfig
-
-Batch = dict[str, Tensor]
-TRAININGS = {"gpt": GPTTraining, "rq": RQTransformerTraining}
-CONDITIONS = {
-    "text": ConditionConfig(kind="text", vocab_size=64, length=6),
-    "class": ConditionConfig(kind="class", vocab_size=5, length=1),
-    "class_null": ConditionConfig(kind="class", vocab_size=5, length=1, has_null_class=True),
-    "none": ConditionConfig(kind="none", vocab_size=1, length=1),
-}
-FAST = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, final_share=1.0)
-
-
-class Recorder(pl.Callback):
-    """What was logged, after each batch."""
-
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-class OneBatch(pl.LightningDataModule):
-    """The same batch in each epoch, with the codebook of an image tokenizer."""
-
-    def __init__(self, batch: Batch, table: Tensor, **attributes: Any) -> None:
-        super().__init__()
-        self.batch = batch
-        self.table = table
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-    def codebook(self) -> Tensor:
-        return self.table
-
-    def train_dataloader(self) -> Any:
-        return DataLoader([self.batch], batch_size=None)  # type: ignore[arg-type]
-
-    def val_dataloader(self) -> Any:
-        return DataLoader([self.batch], batch_size=None)  # type: ignore[arg-type]
-
-
-def fit(
-    module: pl.LightningModule,
-    data: Any,
-    *callbacks: pl.Callback,
-    ckpt_path: Path | None = None,
-    **options: Any,
-) -> tuple[pl.Trainer, list[dict[str, float]]]:
-    """Train; the checkpoints that `callbacks` write are the only ones."""
-    recorder = Recorder()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[SeededSteps(), recorder, *callbacks],
-        **{"max_epochs": -1, **options},
-    )
-    with torch.random.fork_rng(devices=[]):
-        if isinstance(data, pl.LightningDataModule):
-            trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        else:
-            trainer.fit(module, DataLoader(data, batch_size=None), ckpt_path=ckpt_path, weights_only=True)
-    return trainer, recorder.metrics
-
-
-def batch_for(code_shape: tuple[int, ...], condition: ConditionConfig) -> Batch:
-    """Each of four conditions has its own codes."""
-    generator = torch.Generator().manual_seed(0)
-    batch = {"codes": torch.randint(24, (4, *code_shape), generator=generator)}
-    if condition.kind == "text":
-        batch["cond"] = torch.randint(1, 64, (4, 6), generator=generator)
-    elif condition.kind == "class":
-        batch["cond"] = torch.arange(4)
-    return batch
-
-
-def training(model: GPT | RQTransformer, condition: str = "text", **options: Any) -> SequenceTraining:
-    """A module with new weights and the model's shape."""
-    cls = GPTTraining if isinstance(model, GPT) else RQTransformerTraining
-    config = replace(model.config, condition=CONDITIONS[condition])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(config, **{"optimizer": FAST, **options})
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest, tiny_gpt: GPT, tiny_rq: RQTransformer) -> GPT | RQTransformer:
-    return tiny_gpt if request.param == "gpt" else tiny_rq
-
-
-@pytest.fixture
-def table(tiny_rqvae: RQVAE) -> Tensor:
-    return tiny_rqvae.codebook().detach()
-
-
-both = pytest.mark.parametrize("model", ["gpt", "rq"], indirect=True)
 
 
 @both
@@ -138,10 +34,10 @@ class TestLosses:
         null_probability = 0.1 if condition in ("text", "class_null") else 0.0
         module = training(model, condition, null_probability=null_probability)
         batch = batch_for(model.code_shape, CONDITIONS[condition])
-        _, metrics = fit(module, OneBatch(batch, table), max_steps=30)
+        _, metrics = fit(module, OneBatch(batch, table), max_steps=20)
         assert metrics[0]["train/code_loss"] == pytest.approx(math.log(24), abs=0.3)
         # nothing tells the four apart where there is no condition
-        assert metrics[-1]["train/loss"] < (0.8 if condition == "none" else 0.6) * metrics[0]["train/loss"]
+        assert metrics[-1]["train/loss"] < (0.85 if condition == "none" else 0.75) * metrics[0]["train/loss"]
         assert ("train/text_loss" in metrics[-1]) == (condition == "text")
         names = {name for name in metrics[-1] if "depth" in name and "train" in name}
         depth = 3 if isinstance(model, RQTransformer) else 0
@@ -340,7 +236,7 @@ def test_a_resumed_run_goes_on_exactly(
     parts = ["state_dict", "optimizer_states"] + ["current_model_state"] * is_averaged
     assert ("current_model_state" in expected) == is_averaged
     for part in parts:
-        _assert_equal(found[part], expected[part])
+        assert_equal(found[part], expected[part])
     for module in (whole, resumed):
         if isinstance(model, RQTransformer):
             assert torch.equal(module.model.codebook, table)
@@ -351,139 +247,6 @@ def test_a_resumed_run_goes_on_exactly(
         assert torch.equal(tensor, whole.model.state_dict()[name])
         if is_averaged and tensor.ndim > 1:
             assert not torch.equal(tensor, expected["current_model_state"][f"model.{name}"])
-
-
-def _assert_equal(found: Any, expected: Any) -> None:
-    """The same tensors and numbers in the same places."""
-    if isinstance(expected, Mapping):
-        assert found.keys() == expected.keys()
-        for key in expected:
-            _assert_equal(found[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        for ours, theirs in zip(found, expected, strict=True):
-            _assert_equal(ours, theirs)
-    elif isinstance(expected, Tensor):
-        assert torch.equal(found, expected)
-    else:
-        assert found == expected
-
-
-class TestPretrained:
-    @pytest.fixture
-    def checkpoints(
-        self, tmp_path: Path, tiny_vqgan: VQGAN, tiny_rqvae: RQVAE, tiny_gpt: GPT, tiny_rq: RQTransformer
-    ) -> dict[str, str]:
-        """Paths of checkpoints of the tiny models."""
-        save_checkpoint(tmp_path / "gpt", image_tokenizer=tiny_vqgan, model=tiny_gpt)
-        save_checkpoint(tmp_path / "rq", image_tokenizer=tiny_rqvae, model=tiny_rq)
-        save_checkpoint(tmp_path / "tokenizer", image_tokenizer=tiny_vqgan)
-        return {name: str(tmp_path / name) for name in ("gpt", "rq", "tokenizer")}
-
-    @both
-    def test_all_of_it(self, model: GPT | RQTransformer, checkpoints: dict[str, str]) -> None:
-        kind = "gpt" if isinstance(model, GPT) else "rq"
-        module = TRAININGS[kind](pretrained=checkpoints[kind])
-        assert module.model.config == model.config
-        assert module.model.training
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(module.model.state_dict()[name], tensor)
-        if isinstance(model, RQTransformer):
-            assert torch.equal(module.model.codebook, model.codebook)
-
-    def test_a_config_may_change_the_dropout(self, tiny_gpt: GPT, checkpoints: dict[str, str]) -> None:
-        stack = replace(tiny_gpt.config.transformer, residual_dropout=0.3)
-        config = replace(tiny_gpt.config, transformer=stack)
-        module = GPTTraining(config, pretrained=checkpoints["gpt"])
-        assert module.model.config == config
-        assert torch.equal(module.model.condition.embedding.weight, tiny_gpt.condition.embedding.weight)
-
-    @both
-    @pytest.mark.parametrize("condition", ["class", "class_null", "none", "other_text", "longer_text"])
-    def test_another_condition(
-        self,
-        model: GPT | RQTransformer,
-        checkpoints: dict[str, str],
-        condition: str,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        """All but the condition is taken; the original lost its image head here."""
-        caplog.set_level(logging.INFO, logger="mindalle.training")
-        wanted = CONDITIONS | {
-            "other_text": ConditionConfig(kind="text", vocab_size=60, length=6),
-            "longer_text": ConditionConfig(kind="text", vocab_size=64, length=7),
-        }
-        kind = "gpt" if isinstance(model, GPT) else "rq"
-        module = TRAININGS[kind](pretrained=checkpoints[kind], condition=wanted[condition])
-        assert module.model.config == replace(model.config, condition=wanted[condition])
-        theirs, ours = model.state_dict(), module.model.state_dict()
-        fresh = {name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])}
-        assert {name.partition(".")[0] for name in fresh} <= {"condition", "text_head", "text_norm"}
-        assert "condition.embedding.weight" in fresh
-        assert not any(name.startswith("text_head") for name in ours) or "text_head.weight" in fresh
-        assert "start fresh: condition." in caplog.text
-        assert fresh <= set(caplog.text.replace(",", " ").split())
-
-    def test_of_a_training_run(self, tiny_gpt: GPT, table: Tensor, tmp_path: Path) -> None:
-        module = training(tiny_gpt)
-        trainer, _ = fit(module, OneBatch(batch_for((4, 4), CONDITIONS["text"]), table), max_steps=1)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        taken = GPTTraining(pretrained=str(tmp_path / "last.ckpt"))
-        _assert_equal(taken.model.state_dict(), module.model.state_dict())
-
-    def test_a_release(self, fixtures_dir: Path) -> None:
-        """From minDALL-E to classes: the same hidden state gives the same logits, of images that is."""
-        path = fixtures_dir / "mindalle-tiny"
-        original = load_checkpoint(path).model
-        assert isinstance(original, GPT)
-        condition = ConditionConfig(kind="class", vocab_size=10, length=1)
-        module = GPTTraining(pretrained=str(path), condition=condition)
-        hidden = torch.randn(3, original.config.transformer.width)
-        taken = module.model.eval()
-        assert isinstance(taken, GPT)
-        with torch.no_grad():
-            torch.testing.assert_close(
-                taken.head(taken.norm(taken.transformer(hidden[None]))),
-                original.head(original.norm(original.transformer(hidden[None]))),
-            )
-        codes = torch.zeros(2, *original.code_shape, dtype=torch.int64)
-        assert taken(codes, torch.tensor([0, 9])).logits.isfinite().all()
-
-    def test_what_does_not_fit(self, tiny_gpt: GPT, checkpoints: dict[str, str]) -> None:
-        stack = TransformerConfig(width=16, num_layers=2, num_heads=2)
-        config = replace(tiny_gpt.config, transformer=stack, vocab_size=25)
-        message = (
-            f"the config is not that of the pretrained model {checkpoints['gpt']}: "
-            "transformer.width is 16, the pretrained's 32; vocab_size is 25, the pretrained's 24. Leave"
-        )
-        with pytest.raises(ValueError, match=message):
-            GPTTraining(config, pretrained=checkpoints["gpt"])
-        with pytest.raises(ValueError, match="rq holds a RQTransformer, expected a GPT"):
-            GPTTraining(pretrained=checkpoints["rq"])
-        with pytest.raises(ValueError, match="tokenizer holds no sequence model, expected a RQTransformer"):
-            RQTransformerTraining(pretrained=checkpoints["tokenizer"])
-
-    def test_arguments_that_contradict_each_other(self, tiny_gpt: GPT) -> None:
-        with pytest.raises(ValueError, match="needs a config, or the name of a model as pretrained"):
-            GPTTraining()
-        with pytest.raises(
-            ValueError, match="condition replaces the one of a pretrained model: give it with"
-        ):
-            GPTTraining(tiny_gpt.config, condition=CONDITIONS["none"])
-        with pytest.raises(
-            ValueError, match="condition replaces the one of a pretrained model: give it with"
-        ):
-            GPTTraining(condition=CONDITIONS["none"])
-
-    def test_resuming_keeps_what_was_learnt(self, table: Tensor, checkpoints: dict[str, str]) -> None:
-        """The pretrained weights do not come back."""
-        folder = Path(checkpoints["gpt"]).parent / "run"
-        data = OneBatch(batch_for((4, 4), CONDITIONS["text"]), table)
-        saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=2)
-        fit(GPTTraining(pretrained=checkpoints["gpt"], optimizer=FAST), data, saver, max_steps=2)
-        module = GPTTraining(pretrained=checkpoints["gpt"], optimizer=FAST)
-        fit(module, data, max_steps=2, ckpt_path=folder / "step=2.ckpt")  # not a step more
-        expected = torch.load(folder / "step=2.ckpt", weights_only=True)["state_dict"]
-        _assert_equal(dict(module.state_dict()), expected)
 
 
 @pytest.mark.parametrize(
