@@ -62,7 +62,7 @@ class StreamData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the next training batch: `epoch` and `batch`."""
-        return self._train_loader.state_dict() if self._train_loader else {}
+        return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a place, be the training loader made already or not."""
