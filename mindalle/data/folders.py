@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -32,7 +33,7 @@ class _Picture:
     """One listed picture."""
 
     file: str  # relative to the directory, "/" between names
-    size: int | None  # in bytes; None: there is no such file
+    size: int | None  # in bytes; None: there is no such (regular) file
     captions: tuple[str, ...] | None = ()  # None: they cannot be read
     label: int | None = None
 
@@ -76,6 +77,8 @@ class Folder:
         """
         picture = self._picture(index)
         key = picture.file.encode(errors="backslashreplace").decode()  # of names that are no text
+        if picture.size is None:
+            return Unreadable(key, "there is no such file")
         if picture.captions is None:
             return Unreadable(key, "its captions cannot be read: expected UTF-8 text")
         return decode(key, self._root / picture.file, picture.captions, picture.label)
@@ -185,9 +188,10 @@ def _walk(root: Path) -> Iterator[str]:
 
 def _size(path: Path) -> int | None:
     try:
-        return path.stat().st_size
+        status = path.stat()
     except (OSError, ValueError):
         return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None  # to open a pipe would wait for ever
 
 
 def _count(pictures: Sequence[_Picture]) -> str:
@@ -206,6 +210,8 @@ def _sidecar(root: Path, file: str | None) -> tuple[str, ...] | None:
     """The lines of a text file, a caption each; None if it is no text."""
     if file is None:
         return ()
+    if _size(root / file) is None:
+        return None
     try:
         return clean_captions((root / file).read_text(encoding="utf-8-sig").split("\n"))
     except (OSError, ValueError):

@@ -147,6 +147,13 @@ class TestHostileFiles:
         (tmp_path / "2.txt").write_text("two")
         assert reasons(tmp_path) == {"1.png": "its captions cannot be read: expected UTF-8 text"}
 
+    def test_pipes(self, tmp_path: Path) -> None:
+        """To open one would wait for ever."""
+        write_pictures(tmp_path, ["1.png", "3.png"])
+        for name in ("1.txt", "2.png"):
+            os.mkfifo(tmp_path / name)
+        assert list(reasons(tmp_path)) == ["1.png", "2.png"]
+
     def test_missing_pictures(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_pictures(tmp_path, ["1.png"])
         lines = [{"file": f"{i}.png", "caption": "x"} for i in range(3)]
