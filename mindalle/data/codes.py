@@ -193,9 +193,9 @@ class CodeData(StreamData):
                 "%s of %s pictures in %s have no caption: they train the null condition",
                 *(f"{without:,}", f"{count:,}", cache.directory),
             )
-        if self.condition == "class" and not cache.plan.classes:
+        if self.condition == "class" and not cache.header.num_classes:
             raise ValueError(
-                f"the pictures in {cache.directory} have no classes: expected class folders or .cls"
+                f"not all pictures in {cache.directory} have a class: expected class folders, or .cls in tars"
             )
         if self.temperature is not None and not cache.plan.has_latents:
             raise ValueError(
