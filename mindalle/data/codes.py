@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +171,7 @@ class CodeData(StreamData):
                 "soft targets are for residual codes (RQ-VAE), and this image tokenizer has one code per "
                 "position: leave soft_targets_temperature out"
             )
-        self._quantizer = tokenizer.quantizer.requires_grad_(False)
+        self.tokenizer = tokenizer.requires_grad_(False)
         caches = {
             split: CodeCache(self._directory(split), tokenizer_hash=tokenizer_hash) for split in self.specs
         }
@@ -214,7 +215,27 @@ class CodeData(StreamData):
 
     def codebook(self) -> Tensor:
         """All codebooks (D, V, C) of the image tokenizer, which an RQ-Transformer reads codes with."""
-        return self._quantizer.all_codebooks().detach()
+        return self.tokenizer.codebook().detach()
+
+    def encode_prompts(self, prompts: Sequence[str] | Sequence[int]) -> Tensor:
+        """Conditions to draw pictures for; after `setup`.
+
+        Args:
+            prompts: P texts, or labels where the condition is a class.
+
+        Returns:
+            int64 (P, N) or (P,).
+
+        Raises:
+            ValueError: if they are not what the model reads.
+        """
+        expected = {"text": str, "class": int}.get(self.condition)
+        if expected is None or not all(isinstance(prompt, expected) for prompt in prompts):
+            wanted = {"text": "texts", "class": "labels"}.get(self.condition, "no prompts")
+            raise ValueError(f"a model with the condition {self.condition} reads {wanted}, got {prompts!r}")
+        if self.text_tokenizer is None:
+            return torch.tensor(prompts)
+        return self.text_tokenizer.encode([str(prompt) for prompt in prompts])
 
     def train_dataloader(self) -> Any:
         """Shuffled batches, which go on where a killed run was."""
@@ -251,9 +272,10 @@ class CodeData(StreamData):
         if "latents" not in batch:
             return batch
         latents, seed = batch["latents"].float(), batch["seed"]
-        assert isinstance(self._quantizer, ResidualQuantizer)
+        quantizer = self.tokenizer.quantizer.to(latents.device)
+        assert isinstance(quantizer, ResidualQuantizer)
         assert self.temperature is not None
-        targets, codes = self._quantizer.to(latents.device).soft_codes(
+        targets, codes = quantizer.soft_codes(
             latents,
             self.temperature,
             sample=self.is_stochastic and seed is not None,

@@ -1,6 +1,24 @@
 """Lightning modules that train the parts of a model, and the callbacks around them."""
 
+from mindalle.training.base import OptimizerConfig
+from mindalle.training.callbacks import SeededSteps, SkippedReport, StopOnNonFinite
+from mindalle.training.clip import ClipTraining
 from mindalle.training.fsdp import BlockFSDPStrategy
 from mindalle.training.sequence import GPTTraining, RQTransformerTraining
+from mindalle.training.sheets import PromptSheet, ReconstructionSheet
+from mindalle.training.tokenizer import RQVAETraining, VQGANTraining
 
-__all__ = ["BlockFSDPStrategy", "GPTTraining", "RQTransformerTraining"]
+__all__ = [
+    "BlockFSDPStrategy",
+    "ClipTraining",
+    "GPTTraining",
+    "OptimizerConfig",
+    "PromptSheet",
+    "RQTransformerTraining",
+    "RQVAETraining",
+    "ReconstructionSheet",
+    "SeededSteps",
+    "SkippedReport",
+    "StopOnNonFinite",
+    "VQGANTraining",
+]

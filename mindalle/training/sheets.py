@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
 
 from checkpoint_io import atomic_path
 from mindalle.image import contact_sheet, to_pil
@@ -89,9 +90,9 @@ class PromptSheet(pl.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         cond = None if self.prompts is None else data.encode_prompts(self.prompts).to(pl_module.device)
         count = self.num_images * (1 if self.prompts is None else len(self.prompts))
-        codes = generate(pl_module.model, cond, self.params, seeds=image_seeds(self.seed, count))
+        codes: Tensor = generate(pl_module.model, cond, self.params, seeds=image_seeds(self.seed, count))
         tokenizer = data.tokenizer.to(pl_module.device)
-        images = [image for part in codes.split(16) for image in to_pil(tokenizer.decode(part))]
+        images = [image for part in torch.split(codes, 16) for image in to_pil(tokenizer.decode(part))]
         captions = None
         if self.prompts is not None:
             captions = [str(prompt) for prompt in self.prompts for _ in range(self.num_images)]
