@@ -97,7 +97,7 @@ def test_another_plan(mindalle: Command, checkpoints: Path, pictures: Path, tmp_
 
 
 def has_ended(group: int) -> bool:
-    """Whether no process of a group is left after ten seconds; multiprocessing's own helper takes a moment."""
+    """Whether no process of a group is left after ten seconds; multiprocessing's own takes a moment."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:

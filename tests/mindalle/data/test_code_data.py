@@ -240,6 +240,13 @@ class TestSoftTargets:
         for batch in validation(data):
             assert torch.equal(batch["codes"], batch["targets"].argmax(dim=-1))
 
+    def test_draws_differ_from_step_to_step(self, soft: dict[str, Any], tmp_path: Path) -> None:
+        """Of one and the same picture, in one and the same place."""
+        alone = str(write_shard(tmp_path / "alone.tar", [0]))
+        data = ready(soft, train=alone, val=None, is_stochastic=True, batch_size=1)
+        drawn = {tuple(batch["codes"].flatten().tolist()) for (batch,) in epochs(data, 4)}
+        assert len(drawn) == 4
+
     def test_in_a_training(
         self, soft: dict[str, Any], tmp_path: Path, tiny_rq: RQTransformer, tiny_rqvae: RQVAE
     ) -> None:
