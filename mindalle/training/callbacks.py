@@ -57,9 +57,14 @@ class StopOnNonFinite(pl.Callback):
             return
         shown = ", ".join(self._keys[:KEYS_SHOWN]) or "unnamed samples"
         more = f" and {len(self._keys) - KEYS_SHOWN} more" if len(self._keys) > KEYS_SHOWN else ""
-        here = "" if is_finite else f" here, rank {trainer.global_rank}"
+        what = (
+            "the loss of another process is not finite"
+            if is_finite
+            else f"the loss is {float(loss.detach())}"
+        )
+        where = f" on rank {trainer.global_rank}" if trainer.world_size > 1 else ""
         raise FloatingPointError(
-            f"the loss is {float(loss)} at step {trainer.global_step}{here}; the batch: {shown}{more}. "
+            f"{what} at step {trainer.global_step}; the batch{where}: {shown}{more}. "
             "The weights are as before it, the last checkpoint is good. Look at these pictures, then go on "
             "with --ckpt_path last and a lower learning_rate, trainer.gradient_clip_val 1.0, "
             "or trainer.precision 32-true"

@@ -25,9 +25,13 @@ class ReconstructionSheet(pl.Callback):
 
     Args:
         num_images: rows of the sheet, >= 1.
+
+    Raises:
+        ValueError: if there are to be no images.
     """
 
     def __init__(self, num_images: int = 8) -> None:
+        _check_num_images(num_images)
         self.num_images = num_images
 
     @torch.no_grad()
@@ -60,6 +64,9 @@ class PromptSheet(pl.Callback):
         num_images: pictures per prompt, >= 1.
         params: how codes are sampled; None = temperature 1.
         seed: of the pictures.
+
+    Raises:
+        ValueError: if there are to be no images or prompts.
     """
 
     def __init__(
@@ -69,6 +76,9 @@ class PromptSheet(pl.Callback):
         params: SamplingParams | None = None,
         seed: int = 0,
     ) -> None:
+        _check_num_images(num_images)
+        if prompts is not None and not prompts:
+            raise ValueError("prompts must not be empty: leave them out to draw without a condition")
         self.prompts = prompts
         self.num_images = num_images
         self.params = params or SamplingParams()
@@ -97,6 +107,11 @@ class PromptSheet(pl.Callback):
         if self.prompts is not None:
             captions = [str(prompt) for prompt in self.prompts for _ in range(self.num_images)]
         save_sheet(trainer, "prompts", contact_sheet(images, columns=self.num_images, captions=captions))
+
+
+def _check_num_images(num_images: int) -> None:
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
 
 
 def save_sheet(trainer: pl.Trainer, name: str, sheet: Image.Image) -> Path:
