@@ -158,6 +158,19 @@ def resolve_model(name: str | Path) -> Path:
     raise ValueError(f"no model is called {text!r}; {_known_names()}")
 
 
+def resolve_text_tokenizer(name: str | Path) -> Path:
+    """Find the text tokenizer a user means.
+
+    Args:
+        name: a file, a directory with the originals' BPE-16k files, or the name of a bundled model.
+
+    Returns:
+        The file or directory, which may not exist.
+    """
+    path = Path(name).expanduser()
+    return MODELS_DIRECTORY / name / "text_tokenizer.json" if name in bundled_models() else path
+
+
 def bundled_models() -> tuple[str, ...]:
     """List the models that come with the package, by name."""
     return tuple(sorted(config.parent.name for config in MODELS_DIRECTORY.glob("*/config.yaml")))

@@ -118,6 +118,7 @@ def _check_options(args: argparse.Namespace, opened: Run) -> None:
 
 def _parts_with_model(args: argparse.Namespace, opened: Run) -> dict[str, Any]:
     """The sequence model of a run, its two tokenizers, and the CLIP if one is asked for."""
+    from mindalle.hub import resolve_text_tokenizer
     from mindalle.run import load_image_tokenizer, load_own_clip
     from mindalle.text import TextTokenizer
     from stage2_transformer.checkpoint import check_fit
@@ -137,7 +138,7 @@ def _parts_with_model(args: argparse.Namespace, opened: Run) -> dict[str, Any]:
     if condition.kind == "text":
         named = args.text_tokenizer or opened.data_setting("text_tokenizer")
         parts["text_tokenizer"] = TextTokenizer.from_file(
-            _needed(named, "--text-tokenizer", opened),
+            resolve_text_tokenizer(_needed(named, "--text-tokenizer", opened)),
             length=condition.length,
             vocab_size=condition.vocab_size,
         )

@@ -25,6 +25,7 @@ from mindalle.data.part_encoder import EncodingJob
 from mindalle.data.samples import open_source
 from mindalle.data.stream import Batch, Stream, StreamLoader
 from mindalle.data.transforms import TransformConfig
+from mindalle.hub import resolve_text_tokenizer
 from mindalle.run import load_image_tokenizer
 from mindalle.text import TextTokenizer
 from stage1_vqgan.quantize import ResidualQuantizer
@@ -48,7 +49,7 @@ class CodeData(StreamData):
         transform: how pictures become square; None = the image tokenizer's size, cut from the centre.
         num_crops: K of each training picture: the centre, and random ones by `transform`.
         condition: what the model reads: captions, labels, or nothing.
-        text_tokenizer: `text_tokenizer.json`, for captions.
+        text_tokenizer: of the captions: `text_tokenizer.json`, BPE-16k directory or bundled name.
         text_length: N, ids per caption.
         batch_size: images per step and device.
         num_workers: processes that read ahead.
@@ -143,13 +144,14 @@ class CodeData(StreamData):
         """None if the model does not read text."""
         if self.condition != "text":
             return None
-        if self.text_tokenizer_file is None or not Path(self.text_tokenizer_file).exists():
+        named = self.text_tokenizer_file
+        if named is None or not resolve_text_tokenizer(named).exists():
             raise FileNotFoundError(
-                f"no text tokenizer at {self.text_tokenizer_file}: train one on the captions with "
+                f"no text tokenizer at {named}: train one on the captions with "
                 f"python tools/train_tokenizer.py {shlex.join(_as_list(self.specs['train']))} "
-                f"--length {self.text_length} --out {self.text_tokenizer_file or 'text_tokenizer.json'}"
+                f"--length {self.text_length} --out {named or 'text_tokenizer.json'}"
             )
-        return TextTokenizer.from_file(self.text_tokenizer_file, length=self.text_length)
+        return TextTokenizer.from_file(resolve_text_tokenizer(named), length=self.text_length)
 
     def setup(self, stage: str) -> None:
         """Open the caches and see that they have what is wanted, before a model is trained.

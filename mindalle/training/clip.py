@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from mindalle.clip import ClipConfig, read_clip_tokenizer
+from mindalle.hub import resolve_text_tokenizer
 from mindalle.run import RUN_KEY, load_own_clip
 from mindalle.training.base import OptimizerConfig, Training
 
@@ -31,7 +32,7 @@ class ClipTraining(Training):
 
     Args:
         config: of the model.
-        text_tokenizer: file of the captions' tokenizer, `text_tokenizer.json`.
+        text_tokenizer: file of the captions' tokenizer, `text_tokenizer.json`, or a bundled name.
         optimizer: settings; None = the defaults.
         max_logit_scale: 1 / temperature is kept in [1, max_logit_scale]; >= 1, the paper's is 100.
         pretrained: the CLIP to start from, a training run or a native checkpoint, see `load_own_clip`; its
@@ -87,7 +88,8 @@ class ClipTraining(Training):
         """
         if self.text_tokenizer is not None:
             where = "model.init_args.config"
-            self.tokenize = read_clip_tokenizer(self.text_tokenizer, self.config, where=where)
+            file = resolve_text_tokenizer(self.text_tokenizer)
+            self.tokenize = read_clip_tokenizer(file, self.config, where=where)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The loss over the pairs of all processes.
