@@ -207,6 +207,20 @@ class TestConditions:
         assert set(epochs(data, 1)[0][0]) == {"codes", "keys", "num_skipped"}
         assert data.num_classes is None
 
+    def test_prompts(self, arguments: dict[str, Any]) -> None:
+        """Read as captions and labels are."""
+        data = ready(arguments)
+        assert data.text_tokenizer is not None
+        assert torch.equal(data.encode_prompts(["red", ""]), data.text_tokenizer.encode(["red", ""]))
+        with pytest.raises(ValueError, match=r"with the condition text reads texts, got \[1\]"):
+            data.encode_prompts([1])
+        labels = CodeData(**(arguments | {"condition": "class", "text_tokenizer": None}))
+        labels.text_tokenizer = None
+        assert labels.encode_prompts([3, 1]).tolist() == [3, 1]
+        free = CodeData(**(arguments | {"condition": "none"}))
+        with pytest.raises(ValueError, match=r"with the condition none reads no prompts, got \['red'\]"):
+            free.encode_prompts(["red"])
+
 
 class TestSoftTargets:
     def test_distributions_around_the_codes(self, soft: dict[str, Any], tiny_rqvae: RQVAE) -> None:
