@@ -1,5 +1,6 @@
 """Lightning modules that train the parts of a model, and the callbacks around them."""
 
+from mindalle.training.averaging import AveragedWeights
 from mindalle.training.base import OptimizerConfig
 from mindalle.training.callbacks import SeededSteps, SkippedReport, StopOnNonFinite
 from mindalle.training.clip import ClipTraining
@@ -9,6 +10,7 @@ from mindalle.training.sheets import PromptSheet, ReconstructionSheet
 from mindalle.training.tokenizer import RQVAETraining, VQGANTraining
 
 __all__ = [
+    "AveragedWeights",
     "BlockFSDPStrategy",
     "ClipTraining",
     "GPTTraining",

@@ -53,9 +53,7 @@ class TokenizerTraining(Training):
         self.averages = CodebookAverages(model.quantizer, codebook) if codebook is not None else None
         # of the running batch: what the codebooks are to follow
         self._assigned: tuple[Tensor, Tensor] | None = None
-        # (D, V): how often each code was chosen in this validation; no buffer, since in distributed training
-        # the buffers of all processes become the first one's at each batch
-        self._code_counts: Tensor
+        self._code_counts: Tensor  # (D, V): how often each code was chosen in the running validation
 
     def trained_modules(self) -> list[nn.Module]:
         """The tokenizer and the discriminator."""
