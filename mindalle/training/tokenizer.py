@@ -74,7 +74,8 @@ class TokenizerTraining(Training):
             step=self.global_step,
             last_layer=self.model.decoder.last_layer,
         )
-        self._assigned = (latents.detach(), quantized.codes)
+        if self.averages is not None:
+            self._assigned = (latents.detach(), quantized.codes)
         self._log_terms("train", images, reconstructions, terms.total, terms.parts)
         total: Tensor = terms.total
         return total

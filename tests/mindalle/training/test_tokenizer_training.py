@@ -296,9 +296,7 @@ def test_two_processes(tmp_path: Path) -> None:
     adversary's adaptive weight are those of each process's own share. That the codebooks' averages are the
     joint batch's is tested with the quantizers.
 
-    With buffers as counters, which distributed training overwrites with the first process's, its pictures
-    were counted twice and the others' never; and a discriminator that had no gradient before its start was
-    an error in the second step.
+    A discriminator that had no gradient before its start was an error in the second step.
     """
     script = Path(__file__).with_name("tokenizer_runs.py")
     command = [sys.executable, str(script), str(tmp_path)]
