@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a model: python tools/train.py fit --config configs/emoji/first_light_vqgan.yaml."""
+"""Train a model: python tools/train.py fit --config configs/toy/vqgan.yaml."""
 
 from mindalle.cli.train import main
 

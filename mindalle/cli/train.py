@@ -8,16 +8,25 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.io import CheckpointIO
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from mindalle.cli.command import FAILURE, describe
+from mindalle.run import Run, find_run, open_run
 from mindalle.training.callbacks import SeededSteps, SkippedReport, StopOnNonFinite
+from mindalle.training.checkpoints import AtomicCheckpointIO
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
@@ -27,23 +36,44 @@ examples:
   {prog} fit --config configs/toy/gpt.yaml --trainer.devices 2 --trainer.strategy ddp
   {prog} fit --config configs/toy/gpt.yaml --print_config              all settings, as YAML"""
 
+NEEDLESS_WARNINGS = (
+    "LightningCLI's args parameter",  # `mindalle train` has both
+    "You're using the WeightAveraging callback with a model that overrides",  # ours may be called twice
+    "You're using the WeightAveraging callback, but loading a checkpoint outside",  # it has the averages
+    "Checkpoint directory .* exists and is not empty",  # the run's folder has its config
+)
+
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's, which leaves the lines of the examples alone."""
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Writes the run's config.yaml when it is trained; a validation leaves it alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class TrainingCLI(LightningCLI):
     """Lightning's command line. A run's folder is `trainer.default_root_dir`.
 
     There are its `config.yaml`, checkpoints (`last.ckpt` is the newest), TensorBoard events and, in
-    `samples/`, sheets of pictures.
+    `samples/`, sheets of pictures. A folder holds one run: only `--ckpt_path` goes on in it.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint to go on from or to validate.
+        FileExistsError: if the folder holds another run.
+        ValueError: if settings do not go together, or a checkpoint is damaged.
     """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """What can be done, and the Trainer's arguments that the config gives."""
+        """What can be done, and the Trainer's arguments that the config does not give."""
         return {
-            name: arguments
+            name: arguments | {"weights_only"}
             for name, arguments in LightningCLI.subcommands().items()
             if name in ("fit", "validate")
         }
@@ -57,6 +87,7 @@ class TrainingCLI(LightningCLI):
                 "formatter_class": _HelpFormatter,
                 "fit": {"epilog": EXAMPLES.format(prog=prog)},
             },
+            save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -68,8 +99,41 @@ class TrainingCLI(LightningCLI):
         """Add checkpoints, and what is not Lightning's."""
         parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.every_n_train_steps": 500})
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.every_n_train_steps": 500,
+                # a folder holds one run: no last-v1.ckpt beside last.ckpt
+                "checkpoint.enable_version_counter": False,
+            }
+        )
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take the model's class and arguments from the file, whoever made that."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint that is meant, and see that no other run is overwritten."""
+        self.run: Run | None = None
+        self.config_given = deepcopy(self.config)
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        self.config_given[self.subcommand]["ckpt_path"] = None  # or the next run would start there, too
+        folder = Path(config.trainer.default_root_dir or ".")
+        if not _is_sharded(config.ckpt_path, folder):
+            self.run = _run_to_load(config.ckpt_path, folder)
+            config.ckpt_path = None if self.run is None else str(self.run.file)
+        if self.subcommand == "fit":
+            is_saved = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
+            if config.ckpt_path is None and is_saved:
+                _check_is_free(folder)
+        elif config.ckpt_path is None and not config.model.init_args.get("pretrained"):
+            raise FileNotFoundError(
+                f"no checkpoint in {folder} to validate: say which with --ckpt_path, a file or last"
+            )
+        if self.run is not None:
+            _start_from(config.model.init_args, self.run)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, which logs to TensorBoard in the run's folder unless the config names a logger."""
@@ -77,11 +141,66 @@ class TrainingCLI(LightningCLI):
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             folder = config.get("default_root_dir") or "."
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        self.config = self.config_given  # which is what config.yaml shall have
         return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; loading a checkpoint executes nothing."""
+        self.trainer.fit(weights_only=True, **kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure; loading a checkpoint executes nothing."""
+        self.trainer.validate(weights_only=True, **kwargs)
+
+
+def _is_sharded(ckpt_path: str | None, folder: Path) -> bool:
+    """Whether the checkpoint is a directory, of a strategy that knows how to read it."""
+    place = folder / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path or "")
+    return ckpt_path is not None and (place / ".metadata").exists()
+
+
+def _run_to_load(ckpt_path: str | None, folder: Path) -> Run | None:
+    """The checkpoint to go on from; None = start from the beginning."""
+    if ckpt_path is None:
+        return None
+    if ckpt_path != "last":
+        return open_run(ckpt_path)
+    return find_run(folder)
+
+
+@rank_zero_only
+def _warn_of_beginning(folder: Path) -> None:
+    logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
+
+
+def _check_is_free(folder: Path) -> None:
+    """Refuse a folder with checkpoints, whoever wrote them."""
+    if not any(place.glob("*.ckpt") for place in (folder, folder / "checkpoints")):
+        return
+    try:
+        run = find_run(folder)
+    except (ValueError, OSError):  # damaged, or in shards
+        run = None
+    step = "" if run is None else f" (step {run.num_steps})"
+    raise FileExistsError(
+        f"{folder} already holds a run{step}: continue it with --ckpt_path last, "
+        "or choose another trainer.default_root_dir"
+    )
+
+
+def _start_from(settings: Any, run: Run) -> None:
+    """Take the model from the run: what it was once started from need not be there any more."""
+    if settings.get("pretrained") is not None:
+        replaced = {"pretrained": str(run.file), "config": None, "condition": None, "text_tokenizer": None}
+        settings.update({name: value for name, value in replaced.items() if name in settings})
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """Run `fit`, `validate` or `test` with a config.
+    """Run `fit` or `validate` with a config.
 
     Args:
         argv: the arguments; None = the program's own.
@@ -92,11 +211,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
         not have to fail twice to tell why.
     """
     arguments = list(argv) if argv is not None else None
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # `mindalle train` has both
+    for message in NEEDLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING)
     try:
         TrainingCLI(args=arguments, prog=prog)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
         if "--debug" in (sys.argv if arguments is None else arguments):
             traceback.print_exc()
         print(f"{prog}: error: {describe(error)}", file=sys.stderr)
