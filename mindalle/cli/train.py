@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_fabric.utilities.rank_zero import rank_zero_only
 
 from mindalle.cli.command import FAILURE, describe
 from mindalle.run import Run, find_run, open_run
@@ -123,10 +123,12 @@ class TrainingCLI(LightningCLI):
         folder = Path(config.trainer.default_root_dir or ".")
         if not _is_sharded(config.ckpt_path, folder):
             self.run = _run_to_load(config.ckpt_path, folder)
+            if self.subcommand == "fit" and config.ckpt_path == "last" and self.run is None:
+                _warn_of_beginning(folder)
             config.ckpt_path = None if self.run is None else str(self.run.file)
         if self.subcommand == "fit":
             is_saved = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
-            if config.ckpt_path is None and is_saved:
+            if is_saved and not _goes_on_in(folder, config.ckpt_path):
                 _check_is_free(folder)
         elif config.ckpt_path is None and not config.model.init_args.get("pretrained"):
             raise FileNotFoundError(
@@ -177,9 +179,16 @@ def _warn_of_beginning(folder: Path) -> None:
     logger.warning("no checkpoint in %s yet: starting from the beginning", folder)
 
 
+def _goes_on_in(folder: Path, ckpt_path: str | None) -> bool:
+    """Whether the checkpoint is one of the folder's own."""
+    return ckpt_path is not None and (
+        ckpt_path == "last" or folder.resolve() in Path(ckpt_path).resolve().parents
+    )
+
+
 def _check_is_free(folder: Path) -> None:
     """Refuse a folder with checkpoints, whoever wrote them."""
-    if not any(place.glob("*.ckpt") for place in (folder, folder / "checkpoints")):
+    if not any(True for place in (folder, folder / "checkpoints") for _ in place.glob("[!.]*.ckpt")):
         return
     try:
         run = find_run(folder)
