@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,21 @@ from mindalle.image import contact_sheet, to_pil
 from stage2_transformer import SamplingParams, generate, image_seeds
 
 
-class ReconstructionSheet(pl.Callback):
-    """At each validation, a sheet of the first held-out images beside what the tokenizer makes of them.
-
-    Of residual codes every depth is shown, coarse to fine.
+class Sheet(pl.Callback):
+    """At each validation, a sheet of pictures: `samples/NAME_STEP.png` in the run's folder, and TensorBoard.
 
     Args:
-        num_images: rows of the sheet, >= 1.
+        name: what the sheet shows.
+        num_images: how many, >= 1.
 
     Raises:
         ValueError: if there are to be no images.
     """
 
-    def __init__(self, num_images: int = 8) -> None:
-        _check_num_images(num_images)
+    def __init__(self, name: str, num_images: int) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        self.name = name
         self.num_images = num_images
 
     @torch.no_grad()
@@ -44,20 +44,54 @@ class ReconstructionSheet(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the first batch; within the validation, where averaged weights are in place."""
+        """Draw with the first batch; within the validation, where averaged weights are in place."""
         if batch_idx or not trainer.is_global_zero or trainer.sanity_checking:
             return
+        sheet = self.draw(trainer, pl_module, batch)
+        path = Path(trainer.default_root_dir) / "samples" / f"{self.name}_{trainer.global_step:07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            sheet.save(temporary, format="PNG")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    self.name, np.asarray(sheet), trainer.global_step, dataformats="HWC"
+                )
+
+    def draw(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> Image.Image:
+        """Make the sheet.
+
+        Args:
+            trainer: of the run.
+            pl_module: the training, with its model.
+            batch: the first of the validation.
+        """
+        raise NotImplementedError
+
+
+class ReconstructionSheet(Sheet):
+    """The first held-out images beside what the tokenizer makes of them; of residual codes every depth.
+
+    Args:
+        num_images: rows of the sheet, >= 1.
+    """
+
+    def __init__(self, num_images: int = 8) -> None:
+        super().__init__("reconstructions", num_images)
+
+    def draw(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> Image.Image:
+        """A row for each image: itself, then its reconstructions, coarse to fine."""
         images = batch["images"][: self.num_images]
         model = pl_module.model
         codes = model.encode(images)
         depths = range(1, codes.shape[-1] + 1) if codes.ndim == 4 else [None]
         columns = [images, *(model.decode(codes if d is None else codes[..., :d]) for d in depths)]
         rows = [image for row in zip(*map(to_pil, columns), strict=True) for image in row]
-        save_sheet(trainer, "reconstructions", contact_sheet(rows, columns=len(columns)))
+        return contact_sheet(rows, columns=len(columns))
 
 
-class PromptSheet(pl.Callback):
-    """At each validation, a sheet of what the model draws for fixed prompts with fixed seeds.
+class PromptSheet(Sheet):
+    """What the model draws for fixed prompts with fixed seeds.
 
     Args:
         prompts: texts, or labels of a class-conditional model; None = as many pictures without a condition.
@@ -76,27 +110,15 @@ class PromptSheet(pl.Callback):
         params: SamplingParams | None = None,
         seed: int = 0,
     ) -> None:
-        _check_num_images(num_images)
+        super().__init__("prompts", num_images)
         if prompts is not None and not prompts:
             raise ValueError("prompts must not be empty: leave them out to draw without a condition")
         self.prompts = prompts
-        self.num_images = num_images
         self.params = params or SamplingParams()
         self.seed = seed
 
-    @torch.no_grad()
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw with the weights that are validated."""
-        if batch_idx or not trainer.is_global_zero or trainer.sanity_checking:
-            return
+    def draw(self, trainer: pl.Trainer, pl_module: Any, batch: Any) -> Image.Image:
+        """A row for each prompt."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         cond = None if self.prompts is None else data.encode_prompts(self.prompts).to(pl_module.device)
         count = self.num_images * (1 if self.prompts is None else len(self.prompts))
@@ -106,31 +128,4 @@ class PromptSheet(pl.Callback):
         captions = None
         if self.prompts is not None:
             captions = [str(prompt) for prompt in self.prompts for _ in range(self.num_images)]
-        save_sheet(trainer, "prompts", contact_sheet(images, columns=self.num_images, captions=captions))
-
-
-def _check_num_images(num_images: int) -> None:
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-
-
-def save_sheet(trainer: pl.Trainer, name: str, sheet: Image.Image) -> Path:
-    """Write `samples/NAME_STEP.png` in the run's folder and show the sheet in TensorBoard.
-
-    Args:
-        trainer: of the run.
-        name: what the sheet shows.
-        sheet: the picture.
-
-    Returns:
-        The file.
-    """
-    path = Path(trainer.default_root_dir) / "samples" / f"{name}_{trainer.global_step:07d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
-    loggers: Sequence[Any] = trainer.loggers
-    for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(sheet), trainer.global_step, dataformats="HWC")
-    return path
+        return contact_sheet(images, columns=self.num_images, captions=captions)
