@@ -119,7 +119,7 @@ class PartEncoder:
         """Codes and latents of no pictures: a part may have none that can be read."""
         side = self.job.transform.image_size // self.tokenizer.downsampling
         codes = np.empty((0, side, side, *self.tokenizer.code_shape[2:]), np.uint16)
-        return codes, np.empty((0, self.tokenizer.quant_conv.out_channels, side, side), np.float16)
+        return codes, np.empty((0, self.tokenizer.codebook().shape[-1], side, side), np.float16)
 
     def _write_lines(self, number: int, suffix: str, lines: Iterable[Mapping[str, Any]]) -> None:
         with atomic_path(part_path(self.job.directory, number, suffix)) as temporary:
