@@ -16,7 +16,6 @@ from jsonargparse import DefaultHelpFormatter
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
@@ -24,7 +23,7 @@ from pytorch_lightning.plugins.io import CheckpointIO
 from mindalle.cli.command import FAILURE, describe
 from mindalle.run import Run, find_run, open_run
 from mindalle.training.callbacks import SeededSteps, SkippedReport, StopOnNonFinite
-from mindalle.training.checkpoints import AtomicCheckpointIO
+from mindalle.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add checkpoints, and what is not Lightning's."""
         parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
