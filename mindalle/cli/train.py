@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from mindalle.cli.command import FAILURE, describe
+from mindalle.cli.train_parser import TrainingParser, essence
 from mindalle.run import Run, find_run, open_run
 from mindalle.training.callbacks import SeededSteps, SkippedReport, StopOnNonFinite
 from mindalle.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
@@ -86,6 +87,7 @@ class TrainingCLI(LightningCLI):
                 "formatter_class": _HelpFormatter,
                 "fit": {"epilog": EXAMPLES.format(prog=prog)},
             },
+            parser_class=TrainingParser,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
@@ -142,6 +144,8 @@ class TrainingCLI(LightningCLI):
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             folder = config.get("default_root_dir") or "."
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
+        if config.get("max_epochs") is None and config.get("max_steps") == -1:
+            kwargs["max_epochs"] = -1  # Lightning would take 1000: what has no end is asked for one
         plugins = config.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -227,6 +231,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
         if "--debug" in (sys.argv if arguments is None else arguments):
             traceback.print_exc()
-        print(f"{prog}: error: {describe(error)}", file=sys.stderr)
+        is_systems = isinstance(error, OSError) and error.errno is not None
+        shown = error if is_systems else ValueError(essence(str(error)))
+        print(f"{prog}: error: {describe(shown)}", file=sys.stderr)
         return FAILURE
     return 0

@@ -100,6 +100,18 @@ class Training(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Go on with the config's settings: a checkpoint brings back those that it was made with."""
+        config, scheduler = self.optimizer_config, self.lr_schedulers()
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # another strategy's or a subclass's
+            return
+        rate = config.learning_rate
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        decays = (config.weight_decay, 0.0)
+        for group, decay in zip(scheduler.optimizer.param_groups, decays, strict=True):
+            group.update(lr=rate * factor, initial_lr=rate, betas=config.betas, weight_decay=decay)
+
     def total_steps(self) -> int:
         """Optimiser steps of the whole training.
 
