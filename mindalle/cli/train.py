@@ -207,8 +207,10 @@ def _check_is_free(folder: Path) -> None:
 def _start_from(settings: Any, run: Run) -> None:
     """Take the model from the run: what it was once started from need not be there any more."""
     if settings.get("pretrained") is not None:
-        replaced = {"pretrained": str(run.file), "config": None, "condition": None, "text_tokenizer": None}
-        settings.update({name: value for name, value in replaced.items() if name in settings})
+        settings.pretrained = str(run.file)
+        for name in ("config", "condition", "text_tokenizer"):
+            if name in settings:
+                settings[name] = None
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:

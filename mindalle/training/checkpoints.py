@@ -21,7 +21,15 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save where it is time, and after the last step: here, since averages replace the weights later."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self.save_last and _is_last_step(trainer) and not self._should_skip_saving_checkpoint(trainer):
+        if _is_last_step(trainer):
+            self._save_last_step(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save after a stop that was decided later, such as early stopping's; never in a dry run."""
+        self._save_last_step(trainer)
+
+    def _save_last_step(self, trainer: pl.Trainer) -> None:
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
