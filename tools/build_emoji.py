@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -84,6 +85,7 @@ def _make(packages: Packages, font: FlagFont | None, directory: Path, size: int)
     from emoji_data.shards import write_data
     from tqdm import tqdm
 
+    logging.getLogger("emoji_data").setLevel(logging.INFO)
     drawings = read_drawings(packages, read_concepts(packages), font)
     splits = split_pictures(make_pictures(tqdm(drawings, desc="drawing", unit=" drawings"), size))
     write_data(directory, splits)

@@ -25,6 +25,7 @@ NAMES = {
     "1F3FB": ("light skin tone", None),  # a component
 }
 FILLS = {"1F697": "#1e5fb4", "1F34B": "#fad733", "1F388": "#dc2828", "1F34F": "#3ca03c"}
+ALIASES = {"motor": {"parent": "automobile"}, "wreck": {"parent": "automobile", "rotate": 2}}
 SHAPES = {  # of 16x16, a different one in each style
     "noto": '<circle cx="8" cy="8" r="7" fill="{}"/>',
     "blob": '<ellipse cx="8" cy="8" rx="7" ry="5" fill="{}"/>',
@@ -78,7 +79,7 @@ def icon_set(shape: str) -> tuple[dict[str, Any], dict[str, str]]:
     """icons.json and chars.json of a set that draws one shape in the colours of the things."""
     names = {code_points.lower(): NAMES[code_points][0].replace(" ", "-") for code_points in FILLS}
     bodies = {names[point.lower()]: {"body": shape.format(fill)} for point, fill in FILLS.items()}
-    return {"icons": bodies, "aliases": {"motor": {"parent": "automobile"}}, "width": 16, "height": 16}, names
+    return {"icons": bodies, "aliases": ALIASES, "width": 16, "height": 16}, names
 
 
 @pytest.fixture(scope="session")
@@ -92,8 +93,9 @@ def npm_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for style, shape in SHAPES.items():
         icons, names = icon_set(shape)
         if style == "noto":
-            icons["icons"]["automobile-low"] = {"body": SHAPES["blob"].format("blue")}
             icons["icons"]["balloon"]["hidden"] = True
+            icons["icons"]["balloon-low"] = {"body": SHAPES["blob"].format("blue")}
+            names["1f388-fe0f"] = "balloon-low"
         if style == "streamline":  # has no characters, and things that have no emoji
             names = {}
             icons["icons"]["red-car-2"] = {"body": shape.format("#9650be")}
@@ -114,7 +116,8 @@ def npm_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assets.mkdir()
     image = Image.new("RGBA", (64, 64))
     ImageDraw.Draw(image).ellipse((8, 20, 60, 40), fill="#1e3c96")
-    image.save(assets / "1f697.webp", lossless=True)
-    image.save(assets / "1f1ee-1f1f9.webp", lossless=True)
+    for name in ("1f697", "1f697-fe0f", "1f1ee-1f1f9"):
+        image.save(assets / f"{name}.webp", lossless=True)
+        image = image.rotate(20)
     (assets / "1f388.webp").write_bytes(b"RIFF no picture")
     return directory

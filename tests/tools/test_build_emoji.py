@@ -20,7 +20,7 @@ pytest.importorskip("resvg_py", reason='drawings are rendered with it: pip insta
 import build_emoji
 from emoji_data.captions import readable_name, with_article, write_captions
 from emoji_data.colours import HUES, main_colours, one_hue
-from emoji_data.concepts import Concept
+from emoji_data.concepts import Concept, index_names, read_concepts
 from emoji_data.packages import LOCK_DIRECTORY, Packages, pinned_versions
 from emoji_data.rendering import FLAG_FONT, FlagFont, render_svg, scaled_on_white, square
 from emoji_data.splits import LEFT_OUT, VALIDATION_CONCEPTS, split_of
@@ -62,11 +62,18 @@ def read(directory: Path) -> Pictures:
             for name in tar.getnames():
                 key, suffix = name.rsplit(".", 1)
                 if suffix == "json":
+                    assert key not in pictures
                     metadata = json.load(tar.extractfile(name))  # type: ignore[arg-type]
                     with Image.open(tar.extractfile(f"{key}.png")) as image:  # type: ignore[arg-type]
                         pictures[key] = (image.copy(), metadata)
                     assert path.name == f"{metadata['split']}-0000.tar"
     return pictures
+
+
+def pairs(pictures: Pictures, split: str) -> set[tuple[str, str | None]]:
+    """Concepts and the colours that copies of their drawings have."""
+    everything = [metadata for _, metadata in pictures.values() if metadata["split"] == split]
+    return {(metadata["concept"], metadata.get("recolored")) for metadata in everything}
 
 
 def concept(name: str, *keywords: str, code_points: str = "1F34E") -> Concept:
@@ -224,6 +231,16 @@ def test_what_no_split_has() -> None:
 # ------------------------------------------------------------------------------------------------ data set
 
 
+def test_names_find_their_emoji(npm_directory: Path) -> None:
+    packages = Packages(npm_directory)
+    names = index_names(packages, read_concepts(packages))
+    for name in ("automobile", "motor", "redcar"):  # in Unicode, an alias, a shortcode
+        assert names[name] == "1F697"
+    for name in ("italy", "flagitaly", "italyflag"):
+        assert names[name] == "1F1EE-1F1F9"
+    assert names.keys().isdisjoint({"it", "wreck", "lightskintone", ""})
+
+
 def test_what_is_built(data: Path) -> None:
     pictures = read(data)
     originals = {key for key in pictures if "_hue-" not in key}
@@ -255,6 +272,9 @@ def test_a_copy_in_another_colour(data: Path) -> None:
         "a green automobile, twemoji style",
         "an emoji of a green automobile",
     ]
+    held_out = pairs(pictures, "val_color")
+    assert held_out
+    assert held_out.isdisjoint(pairs(pictures, "train"))
     assert "twemoji_1f697_hue-blue" not in pictures  # it is blue
     assert not any("_hue-" in key for key in pictures if key.startswith(("roundflag", "blob", "3d")))
 

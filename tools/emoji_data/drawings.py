@@ -106,10 +106,11 @@ def _concept_of(
 def _from_3d(packages: Packages, concepts: dict[str, Concept]) -> Iterator[Drawing]:
     """The 3D drawings that Microsoft published; flags, couples and families there are of unclear origin."""
     published = packages.icons(STYLES["flat"].package).characters  # both sets have the same emoji
-    known = set(map(normalize_code_points, published))
+    known = concepts.keys() & set(map(normalize_code_points, published))
     for path in sorted(packages.path(STYLES["3d"].package, "assets").glob("*.webp")):
         code_points = normalize_code_points(path.stem)
-        if code_points in known & concepts.keys() and concepts[code_points].group != FLAGS:
+        if code_points in known and concepts[code_points].group != FLAGS:
+            known.discard(code_points)  # some are there twice, with and without selectors
             yield _drawing("3d", concepts[code_points], partial(read_webp, path))
 
 

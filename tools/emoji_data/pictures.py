@@ -15,7 +15,7 @@ from emoji_data.colours import COLOURS, HUES, MIN_DIFFERENCE, difference, main_c
 from emoji_data.concepts import Concept
 from emoji_data.drawings import Drawing
 from emoji_data.rendering import scaled_on_white, square
-from emoji_data.splits import NEVER_RECOLOURED, split_of
+from emoji_data.splits import NEVER_RECOLOURED, SPLITS, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def split_pictures(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
     styles: defaultdict[str, set[str]] = defaultdict(set)
     for picture in pictures:
         styles[picture.concept.code_points].add(picture.style)
-    split: defaultdict[str, list[Picture]] = defaultdict(list)
+    split: dict[str, list[Picture]] = {name: [] for name in SPLITS}
     for picture in pictures:
         found = split_of(
             picture.concept,
@@ -89,7 +89,7 @@ def split_pictures(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
         )
         if found is not None:
             split[found].append(picture)
-    return dict(split)
+    return split
 
 
 def _picture(drawing: Drawing, image: Image.Image, scaled: Image.Image) -> Picture:

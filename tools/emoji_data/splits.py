@@ -10,7 +10,7 @@ from emoji_data.concepts import Concept
 from emoji_data.styles import family_of
 
 SPLITS = {
-    "train": "everything else",
+    "train": "what models are trained on",
     "val_pair": "held-out pairs of a concept and a style family: the concept is in train, this drawing of it "
     "is not, nor is one after the same master",
     "val_color": "held-out pairs of a colour and an object: both words are in train, never together for this "
