@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import dict_to_namespace
 from torch import nn
 
 from checkpoint_io import config_to_mapping
@@ -100,6 +101,28 @@ class Training(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another model; only its dropout may have changed.
+
+        Raises:
+            ValueError: if the checkpoint's kind or config is another.
+        """
+        about = checkpoint.get(RUN_KEY)
+        if about is None:
+            return
+        ours = {"kind": self.kind, **_flat(config_to_mapping(self.model_config()))}
+        theirs = {"kind": about["kind"], **_flat(about["config"])}
+        differing = [
+            f"{name} {theirs[name]} there, {ours[name]} here"
+            for name in ours
+            if name in theirs and ours[name] != theirs[name] and not name.endswith("_dropout")
+        ]
+        if differing:
+            raise ValueError(
+                f"the checkpoint holds another model than model.config describes ({'; '.join(differing)}): "
+                "go on with the config that the run was started with, or train anew"
+            )
+
     def on_train_start(self) -> None:
         """Go on with the config's settings: a checkpoint brings back those that it was made with."""
         config, scheduler = self.optimizer_config, self.lr_schedulers()
@@ -129,3 +152,8 @@ class Training(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights are of, in plain values: loading a checkpoint executes nothing."""
         checkpoint[RUN_KEY] = {"kind": self.kind, "config": config_to_mapping(self.model_config())}
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    return dict(dict_to_namespace(config).items())

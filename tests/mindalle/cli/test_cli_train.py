@@ -191,6 +191,15 @@ class TestFolder:
         assert fit("clip", "--ckpt_path", data / "run" / other, max_steps=4).code == 0
         assert open_run(data / "run").num_steps == 4
 
+    def test_a_checkpoint_of_another_model(self, fit: Command, data: Path) -> None:
+        """Dropout alone may change on the way."""
+        assert fit("gpt").code == 0
+        last = ("--ckpt_path", data / "run" / "last.ckpt")
+        result = fit("gpt", *last, "--model.config.transformer.width", 64, max_steps=4)
+        assert_error(result, 1, "another model than model.config describes (transformer.width 32 there, 64 h")
+        assert_error(fit("clip", *last, max_steps=4), 1, "(kind gpt there, clip here")
+        assert fit("gpt", *last, "--model.config.transformer.residual_dropout", 0, max_steps=4).code == 0
+
     def test_a_checkpoint_chooses_no_class(self, fit: Command, data: Path) -> None:
         """Lightning's command line builds what the file's hyper-parameters name."""
         assert fit("clip").code == 0

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sequence_runs import assert_equal
 from train_configs import Config, make_config, read_diary, read_weights, write_config, write_data
 
 from mindalle.cli.train import main as train
+from mindalle.training.checkpoints import AtomicCheckpointIO
 from stage1_vqgan import VQGAN
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,3 +100,35 @@ def test_longer_than_planned(data: Path) -> None:
     assert train(["fit", "--config", str(short), *constant, "--ckpt_path", "last"]) == 0
     assert read_diary(data / "cut.jsonl") == read_diary(data / "whole.jsonl")
     assert_equal(read_weights(data / "cut"), read_weights(data / "whole"))
+
+
+class TestAtomicCheckpoints:
+    def test_a_save_that_is_cut_short(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lightning's went through the system's temporary directory, often another disk: a copy in place."""
+        path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+        writer.save_checkpoint({"step": 1}, path)
+        save = torch.save
+
+        def half(content: Any, file: Path) -> None:
+            assert Path(file).parent == tmp_path
+            save(content, file)
+            Path(file).write_bytes(Path(file).read_bytes()[:100])
+            raise OSError("no space left")
+
+        monkeypatch.setattr(torch, "save", half)
+        with pytest.raises(OSError, match="no space left"):
+            writer.save_checkpoint({"step": 2}, path)
+        assert torch.load(path, weights_only=True) == {"step": 1}
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_what_a_killed_one_left_is_removed(self, tmp_path: Path) -> None:
+        (tmp_path / ".last-x7.ckpt").write_bytes(b"half of it")
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+    def test_the_command_line_uses_it(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightning_fabric.utilities.cloud_io._atomic_save", None)
+        monkeypatch.setattr("lightning_fabric.plugins.io.torch_io._atomic_save", None)
+        config = write_config(data / "clip.yaml", make_config("clip", data, data / "run", max_steps=1))
+        assert train(["fit", "--config", str(config)]) == 0
+        assert read_weights(data / "run")["global_step"] == 1
