@@ -115,18 +115,19 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint that is meant, and see that no other run is overwritten."""
-        self.run: Run | None = None
         self.config_given = deepcopy(self.config)
         if self.subcommand is None:
             return
         config = self.config[self.subcommand]
         self.config_given[self.subcommand]["ckpt_path"] = None  # or the next run would start there, too
         folder = Path(config.trainer.default_root_dir or ".")
-        if not _is_sharded(config.ckpt_path, folder):
-            self.run = _run_to_load(config.ckpt_path, folder)
-            if self.subcommand == "fit" and config.ckpt_path == "last" and self.run is None:
+        if config.ckpt_path is not None and not _is_sharded(config.ckpt_path, folder):
+            run = find_run(folder) if config.ckpt_path == "last" else open_run(config.ckpt_path)
+            config.ckpt_path = None if run is None else str(run.file)
+            if run is not None:
+                _start_from(config.model.init_args, run)
+            elif self.subcommand == "fit":  # so that the same command starts a run and goes on with it
                 _warn_of_beginning(folder)
-            config.ckpt_path = None if self.run is None else str(self.run.file)
         if self.subcommand == "fit":
             is_saved = config.trainer.enable_checkpointing is not False and not config.trainer.fast_dev_run
             if is_saved and not _goes_on_in(folder, config.ckpt_path):
@@ -135,8 +136,6 @@ class TrainingCLI(LightningCLI):
             raise FileNotFoundError(
                 f"no checkpoint in {folder} to validate: say which with --ckpt_path, a file or last"
             )
-        if self.run is not None:
-            _start_from(config.model.init_args, self.run)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, which logs to TensorBoard in the run's folder unless the config names a logger."""
@@ -162,19 +161,10 @@ class TrainingCLI(LightningCLI):
         self.trainer.validate(weights_only=True, **kwargs)
 
 
-def _is_sharded(ckpt_path: str | None, folder: Path) -> bool:
+def _is_sharded(ckpt_path: str, folder: Path) -> bool:
     """Whether the checkpoint is a directory, of a strategy that knows how to read it."""
-    place = folder / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path or "")
-    return ckpt_path is not None and (place / ".metadata").exists()
-
-
-def _run_to_load(ckpt_path: str | None, folder: Path) -> Run | None:
-    """The checkpoint to go on from; None = start from the beginning."""
-    if ckpt_path is None:
-        return None
-    if ckpt_path != "last":
-        return open_run(ckpt_path)
-    return find_run(folder)
+    place = folder / "last.ckpt" if ckpt_path == "last" else Path(ckpt_path)
+    return (place / ".metadata").exists()
 
 
 @rank_zero_only
@@ -184,9 +174,10 @@ def _warn_of_beginning(folder: Path) -> None:
 
 def _goes_on_in(folder: Path, ckpt_path: str | None) -> bool:
     """Whether the checkpoint is one of the folder's own."""
-    return ckpt_path is not None and (
-        ckpt_path == "last" or folder.resolve() in Path(ckpt_path).resolve().parents
-    )
+    if ckpt_path is None or ckpt_path == "last":
+        return ckpt_path is not None
+    own = folder.resolve()
+    return Path(ckpt_path).resolve().parent in (own, own / "checkpoints")
 
 
 def _check_is_free(folder: Path) -> None:

@@ -18,6 +18,9 @@ from mindalle.run import open_run
 from mindalle.training import GPTTraining
 from stage1_vqgan import VQGAN
 
+SLOW = pytest.mark.slow
+KINDS = ["clip", pytest.param("gpt", marks=SLOW), pytest.param("vqgan", marks=SLOW)]
+
 
 @pytest.fixture
 def data(tmp_path: Path, tiny_vqgan: VQGAN) -> Path:
@@ -83,33 +86,35 @@ class TestUsage:
         assert_error(mindalle("train", "frobnicate"), 2, "invalid choice: 'frobnicate'", "'fit', 'validate'")
 
 
+MISFITS = [
+    ("vqgan", ["--model.config.quantizer.codebook_size", 0], ["codebook_size", "at least 1, got 0"]),
+    ("vqgan", ["--data.train", "nowhere"], ["no pictures at nowhere: expected a directory"]),
+    ("vqgan", ["--data.train", "broken"], ["no readable picture in broken: ", "not a picture of"]),
+    ("vqgan", ["--trainer.max_steps", -1], ["the training needs an end: set trainer.max_steps"]),
+    ("gpt", ["--data.text_tokenizer", "none.json"], ["no text tokenizer at none.json: train one", "6"]),
+    ("gpt", ["--model.config.code_shape", [8, 8]], ["(8, 8), its image tokenizer makes (4, 4)"]),
+    ("clip", ["--data.transform.image_size", 24], ["(B, 3, 16, 16)", "transform.image_size to 16"]),
+]
+RARER_MISFITS = [
+    ("vqgan", ["--data.train", "empty"], ["no pictures in empty: expected png"]),
+    ("vqgan", ["--data.transform.image_size", 18], ["multiples of 4, got 18x18"]),
+    ("vqgan", ["--trainer.accelerator", "cuda"], ["can not run on your system"]),
+    ("vqgan", ["--trainer.enable_checkpointing", "false"], ["enable_checkpointing=False"]),
+    ("vqgan", ["--ckpt_path", "nowhere.ckpt"], ["no training run at nowhere.ckpt"]),
+    ("gpt", ["--data.image_tokenizer", "./none"], ["no such file or directory: ./none"]),
+    ("gpt", ["--data.train", "empty"], ["no pictures in empty"]),
+    ("gpt", ["--data.train", "broken"], ["none of the 3 pictures of broken can be read"]),
+    ("gpt", ["--data.train", "silent"], ["2 of 2 pictures", "have no caption: set condition to"]),
+    ("gpt", ["--data.cache_dir", "null"], ["is not encoded yet: set cache_dir"]),
+    ("gpt", ["--data.text_length", 7], ["gives 7 ids", "the model reads 6"]),
+    ("gpt", ["--model.config.vocab_size", 25], ["vocabulary of 25 codes, its image tokenizer 24"]),
+    ("clip", ["--model.text_tokenizer", "none.json"], ["no tokenizer at none.json"]),
+    ("clip", ["--data.train", "silent"], ["none of the 2 pictures of batch", "has a caption"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "argv", "parts"),
-    [
-        ("vqgan", ["--model.config.quantizer.codebook_size", 0], ["codebook_size", "at least 1, got 0"]),
-        ("vqgan", ["--model.optimizer.learning_rate", -1], ["learning_rate must be positive", "got -1.0"]),
-        ("vqgan", ["--data.batch_size", 0], ["batch_size must be at least 1", "got 0"]),
-        ("vqgan", ["--data.train", "nowhere"], ["no pictures at nowhere: expected a directory"]),
-        ("vqgan", ["--data.train", "empty"], ["no pictures in empty: expected png"]),
-        ("vqgan", ["--data.train", "broken"], ["no readable picture in broken: ", "not a picture of"]),
-        ("vqgan", ["--data.transform.image_size", 18], ["multiples of 4, got 18x18"]),
-        ("vqgan", ["--trainer.max_steps", -1], ["the training needs an end: set trainer.max_steps"]),
-        ("vqgan", ["--trainer.accelerator", "cuda"], ["can not run on your system"]),
-        ("vqgan", ["--trainer.enable_checkpointing", "false"], ["enable_checkpointing=False"]),
-        ("vqgan", ["--ckpt_path", "nowhere.ckpt"], ["no training run at nowhere.ckpt"]),
-        ("gpt", ["--data.text_tokenizer", "none.json"], ["no text tokenizer at none.json: train one", "6"]),
-        ("gpt", ["--data.image_tokenizer", "./none"], ["no such file or directory: ./none"]),
-        ("gpt", ["--data.train", "empty"], ["no pictures in empty"]),
-        ("gpt", ["--data.train", "broken"], ["none of the 3 pictures of broken can be read"]),
-        ("gpt", ["--data.train", "silent"], ["2 of 2 pictures", "have no caption: set condition to"]),
-        ("gpt", ["--data.cache_dir", "null"], ["is not encoded yet: set cache_dir"]),
-        ("gpt", ["--data.text_length", 7], ["gives 7 ids", "the model reads 6"]),
-        ("gpt", ["--model.config.vocab_size", 25], ["vocabulary of 25 codes, its image tokenizer 24"]),
-        ("gpt", ["--model.config.code_shape", [8, 8]], ["(8, 8), its image tokenizer makes (4, 4)"]),
-        ("clip", ["--model.text_tokenizer", "none.json"], ["no tokenizer at none.json"]),
-        ("clip", ["--data.transform.image_size", 24], ["(B, 3, 16, 16)", "transform.image_size to 16"]),
-        ("clip", ["--data.train", "silent"], ["none of the 2 pictures of batch", "has a caption"]),
-    ],
+    ("kind", "argv", "parts"), [*MISFITS, *(pytest.param(*row, marks=SLOW) for row in RARER_MISFITS)]
 )
 def test_what_does_not_go_together(
     fit: Command, data: Path, monkeypatch: pytest.MonkeyPatch, kind: str, argv: list[object], parts: list[str]
@@ -123,6 +128,7 @@ def test_what_does_not_go_together(
     assert not list(data.rglob("*.ckpt"))
 
 
+@SLOW
 def test_codes_of_another_tokenizer(fit: Command, data: Path) -> None:
     assert fit("gpt").code == 0
     shutil.rmtree(data / "run")
@@ -180,6 +186,7 @@ class TestFolder:
         settings = yaml.safe_load((data / "run" / "config.yaml").read_text())
         assert (settings["trainer"]["max_steps"], settings["ckpt_path"]) == (4, None)
 
+    @SLOW
     def test_a_damaged_checkpoint(self, fit: Command, data: Path) -> None:
         assert fit("clip").code == 0
         last = data / "run" / "last.ckpt"
@@ -191,6 +198,7 @@ class TestFolder:
         assert fit("clip", "--ckpt_path", data / "run" / other, max_steps=4).code == 0
         assert open_run(data / "run").num_steps == 4
 
+    @SLOW
     def test_a_checkpoint_of_another_model(self, fit: Command, data: Path) -> None:
         """Dropout alone may change on the way."""
         assert fit("gpt").code == 0
@@ -216,7 +224,7 @@ class TestFolder:
         assert snapshot(data / "run") == before
 
 
-@pytest.mark.parametrize("kind", ["vqgan", "gpt", "clip"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_run_started_from_may_go(fit: Command, data: Path, kind: str) -> None:
     assert fit(kind).code == 0
     start, run = data / "start", data / "run"
@@ -237,7 +245,7 @@ def test_what_a_run_started_from_may_go(fit: Command, data: Path, kind: str) -> 
     assert settings["model"]["init_args"]["pretrained"] == str(start)  # where it came from
 
 
-@pytest.mark.parametrize("kind", ["vqgan", "gpt", "clip"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_validate(fit: Command, mindalle: Command, data: Path, kind: str) -> None:
     """With the averaged weights, if there are any; the run's folder stays as it is."""
     assert_error(fit(kind, command="validate"), 1, "no checkpoint in", "to validate: say which with --ckpt_p")
@@ -250,6 +258,7 @@ def test_validate(fit: Command, mindalle: Command, data: Path, kind: str) -> Non
     assert snapshot(data / "run") == before
 
 
+@SLOW
 def test_a_loss_that_is_no_number(fit: Command, data: Path) -> None:
     """What was saved before is of use, with a lower rate."""
     assert fit("gpt").code == 0

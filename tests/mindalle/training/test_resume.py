@@ -58,7 +58,12 @@ def check(data: Path, kept: int) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "every", "stop"),
-    [("vqgan", 3, 7), ("gpt", 3, 7), ("clip", 3, 7), ("gpt", 4, 5)],  # after step 4 an epoch ends
+    [
+        ("vqgan", 3, 7),
+        ("gpt", 3, 7),
+        pytest.param("clip", 3, 7, marks=pytest.mark.slow),
+        pytest.param("gpt", 4, 5, marks=pytest.mark.slow),  # after step 4 an epoch ends
+    ],
 )
 def test_stopped_by_ctrl_c(data: Path, kind: str, every: int, stop: int) -> None:
     whole, stopped, resumed = configs(kind, data, every, interrupt_at=stop)
