@@ -4,7 +4,7 @@ The leaf of the import graph: both stages and the toolkit use it, it uses none o
 executes code from a file.
 """
 
-from checkpoint_io.config import config_from_mapping, config_to_mapping, read_yaml
+from checkpoint_io.config import config_from_mapping, config_to_mapping, flatten_config, read_yaml
 from checkpoint_io.keys import KeyTable, load_strict
 from checkpoint_io.layout import CheckpointPart, Layout, find_parts
 from checkpoint_io.tensors import CheckpointError, atomic_path, read_tensors, write_safetensors
@@ -18,6 +18,7 @@ __all__ = [
     "config_from_mapping",
     "config_to_mapping",
     "find_parts",
+    "flatten_config",
     "load_strict",
     "read_tensors",
     "read_yaml",

@@ -89,3 +89,19 @@ def config_to_mapping(config: Any) -> dict[str, Any]:
         return value
 
     return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def flatten_config(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Name every setting by its path: {"a": {"b": 1}} -> {"a.b": 1}.
+
+    Args:
+        mapping: as `config_to_mapping` gives it.
+
+    Returns:
+        Dotted name -> value.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        inner = flatten_config(value) if isinstance(value, Mapping) else None
+        flat |= {key: value} if inner is None else {f"{key}.{name}": item for name, item in inner.items()}
+    return flat

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jsonargparse import dict_to_namespace
 from torch import nn
 
-from checkpoint_io import config_to_mapping
+from checkpoint_io import config_to_mapping, flatten_config
 from mindalle.run import RUN_KEY
 
 
@@ -110,8 +109,8 @@ class Training(pl.LightningModule):
         about = checkpoint.get(RUN_KEY)
         if about is None:
             return
-        ours = {"kind": self.kind, **_flat(config_to_mapping(self.model_config()))}
-        theirs = {"kind": about["kind"], **_flat(about["config"])}
+        ours = {"kind": self.kind, **flatten_config(config_to_mapping(self.model_config()))}
+        theirs = {"kind": about["kind"], **flatten_config(about["config"])}
         differing = [
             f"{name} {theirs[name]} there, {ours[name]} here"
             for name in ours
@@ -152,8 +151,3 @@ class Training(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the weights are of, in plain values: loading a checkpoint executes nothing."""
         checkpoint[RUN_KEY] = {"kind": self.kind, "config": config_to_mapping(self.model_config())}
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    return dict(dict_to_namespace(config).items())

@@ -60,8 +60,17 @@ class TokenizerTraining(Training):
         return [self.model, self.loss]
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """One batch; returns the loss."""
-        images = batch["images"]
+        """One batch; returns the loss.
+
+        Raises:
+            ValueError: if the images are of another size than the config's.
+        """
+        images, size = batch["images"], self.model.convnet.image_size
+        if tuple(images.shape[2:]) != (size, size):
+            raise ValueError(
+                f"images must be (B, 3, {size}, {size}) for this tokenizer, got {tuple(images.shape)}: "
+                f"set the data's transform.image_size to {size}, or the model's convnet.image_size"
+            )
         latents: Tensor = self.model.encode_latents(images)
         if self.averages is not None and not self.is_pretrained:
             self.averages.start(latents)

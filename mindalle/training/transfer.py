@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from checkpoint_io import config_to_mapping
+from checkpoint_io import config_to_mapping, flatten_config
 from mindalle.checkpoint import load_checkpoint
 from mindalle.hub import resolve_model
 from mindalle.run import find_run
@@ -97,20 +96,12 @@ def _new_model(cls: type[ModelT], config: Any, codebook: torch.Tensor | None = N
 
 def _differing_fields(config: Any, other: Any) -> list[str]:
     """What keeps the weights of one model from fitting another: dropout and condition do not."""
-    ours, theirs = _flat(config_to_mapping(config)), _flat(config_to_mapping(other))
+    ours, theirs = (flatten_config(config_to_mapping(one)) for one in (config, other))
     return [
         f"{name} is {ours[name]}, the pretrained's {theirs[name]}"
         for name in ours
         if ours[name] != theirs[name] and not name.startswith("condition.") and not name.endswith("_dropout")
     ]
-
-
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _transfer(model: GPT | RQTransformer, source: GPT | RQTransformer, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 from omegaconf import OmegaConf
 
-from checkpoint_io import config_from_mapping, config_to_mapping, read_yaml
+from checkpoint_io import config_from_mapping, config_to_mapping, flatten_config, read_yaml
 from stage1_vqgan import (
     ConvNetConfig,
     ResidualQuantizerConfig,
@@ -205,3 +205,9 @@ def test_yaml_is_resolved_to_plain_values(tmp_path: Path) -> None:
     config = read_yaml(path)
     assert config == {"a": {"b": 3, "c": [1.0, "x"]}, "d": 3, "7": "seven", "e": 1e-6}
     assert (type(config), type(config["a"]), type(config["a"]["c"])) == (dict, dict, list)
+
+
+def test_flatten_config() -> None:
+    """Empty sections name nothing; lists are values."""
+    nested = {"a": 1, "b": {"c": [1, 2], "d": {"e": None}}, "f": {}}
+    assert flatten_config(nested) == {"a": 1, "b.c": [1, 2], "b.d.e": None}

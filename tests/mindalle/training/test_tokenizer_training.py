@@ -206,6 +206,16 @@ def validate(module: TokenizerTraining) -> dict[str, float]:
     return dict(logged)
 
 
+def test_images_of_another_size() -> None:
+    """A convolutional model takes them, but the exported one would have another code grid than it learned."""
+    batch = draw_batch(0, 1)
+    batch["images"] = batch["images"].repeat(1, 1, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"images must be \(B, 3, 16, 16\) for this tokenizer.*image_size to 16"
+    ):
+        training("rqvae").training_step(batch, 0)
+
+
 class TestPretrained:
     @pytest.fixture
     def saved(self, tmp_path: Path, tiny_rqvae: RQVAE) -> str:
