@@ -41,6 +41,8 @@ NEEDLESS_WARNINGS = (
     "You're using the WeightAveraging callback with a model that overrides",  # ours may be called twice
     "You're using the WeightAveraging callback, but loading a checkpoint outside",  # it has the averages
     "Checkpoint directory .* exists and is not empty",  # the run's folder has its config
+    "The number of training batches .* is smaller than the logging interval",  # steps count over epochs
+    ".*isinstance.treespec, LeafSpec.",  # Lightning's own business with torch
 )
 
 
