@@ -97,7 +97,7 @@ MISFITS = [
 ]
 RARER_MISFITS = [
     ("vqgan", ["--data.train", "empty"], ["no pictures in empty: expected png"]),
-    ("vqgan", ["--data.transform.image_size", 18], ["multiples of 4, got 18x18"]),
+    ("vqgan", ["--data.transform.image_size", 24], ["(B, 3, 16, 16)", "got (2, 3, 24, 24)"]),
     ("vqgan", ["--trainer.accelerator", "cuda"], ["can not run on your system"]),
     ("vqgan", ["--trainer.enable_checkpointing", "false"], ["enable_checkpointing=False"]),
     ("vqgan", ["--ckpt_path", "nowhere.ckpt"], ["no training run at nowhere.ckpt"]),
