@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mindalle.clip import ClipModel, Preprocess, Tokenize, load_clip
+from mindalle.clip import ClipModel, Preprocess, Tokenize
+from mindalle.clip_weights import load_clip
 
 
 class ClipReranker:

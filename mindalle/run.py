@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from checkpoint_io import CheckpointError, config_from_mapping, load_strict, read_tensors, read_yaml
-from mindalle.clip import ClipConfig, NativeClip, load_native_clip, make_clip_tokenizer
+from mindalle.clip import ClipConfig, NativeClip, make_clip_tokenizer
+from mindalle.clip_weights import load_native_clip
 from mindalle.hub import resolve_model
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, load_tokenizer, tokenizer_from_config

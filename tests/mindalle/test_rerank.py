@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from checkpoint_io import config_to_mapping, read_tensors, write_safetensors
 from checkpoint_io.torchscript import read_torchscript
-from mindalle.clip import OPENAI_MODELS, ClipConfig, ClipTokenizer, infer_config
+from mindalle.clip import ClipConfig, ClipTokenizer
+from mindalle.clip_weights import OPENAI_MODELS, infer_config
 from mindalle.rerank import ClipReranker
 
 NATIVE = ClipConfig(
