@@ -66,17 +66,48 @@ class ClipReranker:
         Raises:
             ValueError: if there are no images.
         """
+        (text,) = self.encode_texts([prompt])  # (C,)
+        scores: Tensor = self.encode_images(images) @ text
+        return scores.clamp(-1, 1)  # rounding can leave [-1, 1]
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features of n pictures, of any size and mode.
+
+        Returns:
+            Unit vectors (n, C), float32, on the CPU.
+
+        Raises:
+            ValueError: if there are no images.
+        """
         if not images:
             raise ValueError("images must hold at least one picture, got none")
         device, dtype = _placement(self.model)
-        scores = []
+        features = []
         with torch.inference_mode():
-            text = _unit(self.model.encode_text(self.tokenize([prompt]).to(device)))  # (1, C)
             for start in range(0, len(images), self.batch_size):
                 batch = images[start : start + self.batch_size]
                 pixels = torch.stack([self.preprocess(image) for image in batch])  # (batch, 3, H, W)
-                scores.append(_unit(self.model.encode_image(pixels.to(device, dtype))) @ text[0])  # (batch,)
-        return torch.cat(scores).cpu().clamp(-1, 1)  # rounding can leave [-1, 1]; a tensor like any other
+                features.append(_unit(self.model.encode_image(pixels.to(device, dtype))))
+        return torch.cat(features).cpu()  # out of inference mode: a tensor like any other
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Features of n texts.
+
+        Returns:
+            Unit vectors (n, C), float32, on the CPU.
+
+        Raises:
+            ValueError: if there are no texts.
+        """
+        if not texts:
+            raise ValueError("texts must hold at least one text, got none")
+        device, _ = _placement(self.model)
+        features = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), self.batch_size):
+                ids = self.tokenize(list(texts[start : start + self.batch_size]))  # (batch, N)
+                features.append(_unit(self.model.encode_text(ids.to(device))))
+        return torch.cat(features).cpu()
 
 
 def _placement(model: ClipModel) -> tuple[torch.device, torch.dtype]:
