@@ -4,12 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stage2_transformer.interface import SequenceModel
 from stage2_transformer.sampling import SamplingParams, guide, sample_next, uniforms
+from stage2_transformer.speculative import SpeculativeDecoder
+
+
+class Decoder(Protocol):
+    """What the loop does with logits: it makes codes final, and says what to read next."""
+
+    @property
+    def num_done(self) -> int:
+        """Final codes of the row that has fewest."""
+        ...
+
+    def accept(self, logits: Tensor) -> None:
+        """Take the logits (R, n, V) of the codes after those read last, guidance applied."""
+        ...
+
+    def next_pass(self) -> tuple[Tensor, list[int], list[int]]:
+        """Codes (R, n) to read, the rows they belong to, and how many codes of each row come before them."""
+        ...
+
+
+class PlainDecoder:
+    """The `Decoder` that draws one code of every row after each pass.
+
+    Args:
+        codes: (B, T), written to.
+        begin: how many of each row are known.
+        params: temperature, top_k and top_p are used.
+        seeds: one per row.
+        num_depths: D.
+    """
+
+    def __init__(
+        self, codes: Tensor, begin: int, params: SamplingParams, *, seeds: Sequence[int], num_depths: int
+    ) -> None:
+        self.codes = codes
+        self.num_done = begin
+        self.params = params
+        self.draws = uniforms(seeds, codes.shape[1])
+        self.num_depths = num_depths
+        self.rows = list(range(len(codes)))
+
+    def accept(self, logits: Tensor) -> None:
+        """Draw the next code of each row, see `Decoder.accept`."""
+        n = self.num_done
+        u = self.draws[:, n]
+        self.codes[:, n] = sample_next(logits[:, -1], self.params, u, depth=n % self.num_depths)
+        self.num_done += 1
+
+    def next_pass(self) -> tuple[Tensor, list[int], list[int]]:
+        """The codes just drawn, see `Decoder.next_pass`."""
+        n = self.num_done - 1
+        return self.codes[:, n : n + 1], self.rows, [n] * len(self.rows)
 
 
 def generate(
@@ -32,7 +85,8 @@ def generate(
         known: (B or 1, n) codes in raster order, depth fastest, that every image begins with (image
             completion).
         on_step: called before the first drawn code and after each, with the number of codes done and all
-            codes (B, T), zeros where not yet done.
+            codes (B, T), zeros where not yet done. With `params.window` above 1 it is called after each
+            pass, with the number of the image that has fewest; others may be further.
 
     Returns:
         int64 (B, *code_shape) on the model's device.
@@ -74,19 +128,36 @@ def iterate_codes(
         null = model.null_condition(cond)
         cond = torch.cat([cond, null]) if cond is not None else None
     cache = model.make_cache(2 * batch_size if is_guided else batch_size)
-    logits = model.prefill(cond, cache)  # (B or 2B, V)
-    draws = uniforms(seeds, total)
+    logits = model.prefill(cond, cache)[:, None]  # (B or 2B, 1, V)
     codes = torch.zeros(batch_size, total, dtype=torch.int64, device=logits.device)
     begin = _place_known(codes, known, model.vocab_size) if known is not None and known.numel() else 0
     if 0 < begin < total:
-        logits = model.decode(_twice(codes[:, :begin], is_guided), cache)[:, -1]
+        logits = model.decode(_twice(codes[:, :begin], is_guided), cache)[:, -1:]
+    decoder = _make_decoder(model, codes, begin, params, seeds)
     yield begin, codes
-    for n in range(begin, total):
-        guided = guide(logits, params.cfg_scale) if is_guided else logits
-        codes[:, n] = sample_next(guided, params, draws[:, n], depth=n % num_depths)
-        yield n + 1, codes
-        if n + 1 < total:
-            logits = model.decode(_twice(codes[:, n : n + 1], is_guided), cache)[:, -1]
+    while decoder.num_done < total:
+        decoder.accept(guide(logits, params.cfg_scale) if is_guided else logits)
+        yield decoder.num_done, codes
+        if decoder.num_done < total:
+            chunk, rows, lengths = decoder.next_pass()
+            if is_guided:
+                rows, lengths = rows + [row + batch_size for row in rows], lengths + lengths
+            held = cache.num_codes
+            for row, length in zip(rows, lengths, strict=True):
+                if held[row] != length:
+                    cache.rewind(row, length)
+            logits = model.decode(_twice(chunk, is_guided), cache, rows)
+
+
+def _make_decoder(
+    model: SequenceModel, codes: Tensor, begin: int, params: SamplingParams, seeds: Sequence[int]
+) -> Decoder:
+    shape = tuple(model.code_shape)
+    if params.window > 1:
+        return SpeculativeDecoder(
+            codes, begin, params, seeds=seeds, code_shape=shape, vocab_size=model.vocab_size
+        )
+    return PlainDecoder(codes, begin, params, seeds=seeds, num_depths=shape[2] if len(shape) == 3 else 1)
 
 
 def _twice(codes: Tensor, is_guided: bool) -> Tensor:

@@ -22,6 +22,7 @@ class SamplingParams:
     top_k: int | tuple[int, ...] | None = None  # keep the k most likely codes; a tuple: one k per depth
     top_p: float | None = None  # keep the smallest set with this much probability, in (0, 1]; None or 1 = all
     cfg_scale: float = 1.0  # classifier-free guidance, >= 0; 1 = off, and then half the work
+    window: int = 1  # codes read in a pass, >= 1; from 2 speculative: other pictures, the same distribution
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature < 0:
@@ -35,6 +36,8 @@ class SamplingParams:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all codes")
         if not math.isfinite(self.cfg_scale) or self.cfg_scale < 0:
             raise ValueError(f"cfg_scale must be finite and >= 0 (1 = no guidance), got {self.cfg_scale}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 (1 = one code at a time), got {self.window}")
 
     @property
     def is_greedy(self) -> bool:
@@ -87,11 +90,11 @@ def guide(logits: Tensor, cfg_scale: float) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022).
 
     Args:
-        logits: (2B, V), the conditional rows, then the unconditional ones.
+        logits: (2B, ..., V), the conditional rows, then the unconditional ones.
         cfg_scale: s.
 
     Returns:
-        (B, V): unconditional + s * (conditional - unconditional).
+        (B, ..., V): unconditional + s * (conditional - unconditional).
     """
     conditional, unconditional = logits.float().chunk(2)
     # codes that are ruled out have -inf in both halves, and their difference would be no number
@@ -147,13 +150,31 @@ def sample_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 
     Raises:
         FloatingPointError: if a row has no finite maximum or is not a number.
     """
+    check_finite(logits)
+    if params.is_greedy:
+        return logits.argmax(dim=-1)
+    return draw_codes(code_probabilities(logits, params, depth), u)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise FloatingPointError if the maximum of some row of logits (..., V) is not a finite number."""
     if not bool(torch.isfinite(logits.max(dim=-1).values).all()):
         raise FloatingPointError(
             "the model's logits are not finite: with --precision fp16 or bf16 try fp32, "
             "otherwise check the checkpoint"
         )
-    if params.is_greedy:
-        return logits.argmax(dim=-1)
-    cumulative = code_probabilities(logits, params, depth).double().cumsum(dim=-1)
+
+
+def draw_codes(weights: Tensor, u: Tensor) -> Tensor:
+    """Draw a code of each row by inverting its cumulative distribution.
+
+    Args:
+        weights: (B, V), >= 0, with a positive sum; probabilities, or in proportion to them.
+        u: (B,) float64 uniform numbers in [0, 1).
+
+    Returns:
+        (B,) int64: the first code whose cumulative probability exceeds u.
+    """
+    cumulative = weights.double().cumsum(dim=-1)
     threshold = u.to(cumulative.device)[:, None] * cumulative[:, -1:]
     return (cumulative <= threshold).sum(dim=-1)

@@ -63,6 +63,14 @@ def build_parser(prog: str) -> Parser:
     add("--top-k", type=int, nargs="+", metavar="K", help="keep the K likeliest codes; RQ: one per depth")
     add("--top-p", type=float, metavar="P", help="keep codes with this much probability, in (0, 1]")
     add("--cfg-scale", type=float, metavar="S", help="guidance towards the prompt; 1 = off")
+    add(
+        "--speculative",
+        type=positive_int,
+        nargs="?",
+        const=8,
+        metavar="W",
+        help="guess and test W codes at a time (8): fewer passes, as good pictures, but others",
+    )
     add("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
     add("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
     add = parser.add_argument_group("where to").add_argument
@@ -125,6 +133,7 @@ def _sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> 
         "top_k": top_k,
         "top_p": args.top_p,
         "cfg_scale": args.cfg_scale,
+        "window": args.speculative,
     }
     given = {name: value for name, value in given.items() if value is not None}
     try:

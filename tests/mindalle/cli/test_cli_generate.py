@@ -95,6 +95,7 @@ def test_text_chunks_and_results_say_how_to_draw_it_again(
             "top_k": 12,
             "top_p": 0.8,
             "cfg_scale": 1.5,
+            "window": 1,
             "precision": "fp32",
             "ema": False,
             "num_candidates": 4,
@@ -108,6 +109,15 @@ def test_text_chunks_and_results_say_how_to_draw_it_again(
 
         again = generate(*PROMPT, *sampling, "--seed", 5, "--num-images", index + 1, "--no-rerank")
         assert pixels(again.paths[index]) == pixels(path)
+
+
+def test_speculative_decoding_is_recorded_and_repeats_a_picture(generate: Command) -> None:
+    one, again, wide = (
+        generate(*PROMPT, "--seed", 5, *option)
+        for option in (("--speculative", 4), ("--speculative", 4), ("--speculative",))
+    )
+    assert pixels(one.paths[0]) == pixels(again.paths[0])
+    assert [json.loads(texts(each.paths[0])["settings"])["window"] for each in (one, wide)] == [4, 8]
 
 
 def test_the_contact_sheet_shows_all_pictures(generate: Command, tmp_path: Path) -> None:
