@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import cache
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint_io.tensors import CheckpointError
+from checkpoint_io.tensors import CheckpointError, release_pages
 
 KeyTable: TypeAlias = "Mapping[str, str | None]"
 """Their name -> our name.
@@ -24,17 +24,24 @@ _PART = re.compile(r"^(?P<name>.*)\[(?P<index>\d+)/(?P<parts>\d+)\]$")
 
 
 def load_strict(
-    model: nn.Module, tensors: MutableMapping[str, Tensor], *, source: str, table: KeyTable | None = None
+    model: nn.Module,
+    tensors: MutableMapping[str, Tensor],
+    *,
+    source: str,
+    table: KeyTable | None = None,
+    take: Callable[[str, Tensor, int, int], bool] | None = None,
 ) -> None:
     """Fill all of `model` from `tensors`.
 
     Args:
         model: its parameters may be on the meta device: each gets its storage when its tensor arrives. A
-            tensor that fits as it is becomes the parameter, still mapped from its file, so that weights are
-            in memory once.
+            tensor that fits as it is becomes the parameter, still mapped from its file; the pages of one that
+            is copied are given back. So weights are in memory once.
         tensors: name -> tensor; emptied on the way.
         source: where the tensors come from, for messages.
         table: foreign names -> ours; None when the names are ours already.
+        take: called with our name, the tensor and which part of how many it is, before it is placed. Where it
+            returns True it has made of the tensor what it needs, and the parameter is left alone.
 
     Raises:
         CheckpointError: if a tensor is not in the table, fits no parameter or has another shape, or if a
@@ -62,6 +69,8 @@ def load_strict(
         filled[ours] = filled.get(ours, parts) - 1
         if tuple(tensor.shape) != expected:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+        elif take is not None and take(ours, tensor, index, parts):
+            release_pages(tensor)
         elif parameter.is_meta and parts == 1 and tensor.dtype == parameter.dtype:
             parameters[ours] = _place(model, ours, tensor.contiguous())
         else:
@@ -69,6 +78,7 @@ def load_strict(
                 parameter = parameters[ours] = _place(model, ours, torch.empty_like(parameter, device="cpu"))
             slot = parameter.detach().chunk(parts)[index] if parts > 1 else parameter.detach()
             slot.copy_(tensor)
+            release_pages(tensor)
     problems += [
         f"missing {name} {tuple(parameters[name].shape)}" for name in parameters if filled.get(name, 1)
     ]

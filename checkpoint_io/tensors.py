@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import ctypes
+import mmap
 import os
 import re
 import secrets
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+WORTH_RELEASING = 1 << 18
+"""Bytes of a tensor below which nobody asks the system whether it is mapped."""
 
 
 class CheckpointError(ValueError):
@@ -48,6 +54,36 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
             "was a whole model pickled? Save its state_dict() instead"
         )
     return dict(content)
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that `read_tensors` mapped; if read again, it comes from its file.
+
+    Args:
+        tensor: not written to since it was mapped. A small one, or one that is not mapped, is left alone, and
+            so is any on systems other than Linux.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    # whole pages only: at both ends may be those of its neighbours
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end - begin >= WORTH_RELEASING and _is_mapped(begin, end):
+        # advice: that it may fail is no harm
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(mmap.MADV_DONTNEED)
+        )
+
+
+def _is_mapped(begin: int, end: int) -> bool:
+    """Whether these addresses belong to a mapped file; advised so, memory without a file would be zeroed."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        for line in maps:  # "first-last rights offset device inode path"
+            addresses, _, _, _, inode = line.split(maxsplit=5)[:5]
+            first, _, last = addresses.partition("-")
+            if int(first, 16) <= begin and end <= int(last, 16):
+                return inode != "0"
+    return False
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

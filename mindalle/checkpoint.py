@@ -57,14 +57,21 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str | Path, *, text_tokenizer: str | Path | None = None, use_ema: bool = False
+    path: str | Path,
+    *,
+    text_tokenizer: str | Path | None = None,
+    use_ema: bool = False,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
 ) -> Checkpoint:
-    """Load all parts of a checkpoint but CLIP, in float32 on the CPU.
+    """Load all parts of a checkpoint but CLIP, on the CPU.
 
     Args:
         path: a directory or `.ckpt` file of any known layout, see `checkpoint_io.find_parts`.
         text_tokenizer: where the text tokenizer is, if not with the checkpoint.
         use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
+        precision: of the sequence model, see `stage2_transformer.choose_precision`; the rest is in float32.
+        device: where the sequence model will compute.
 
     Returns:
         The parts.
@@ -100,6 +107,8 @@ def load_checkpoint(
             code_shape=image_tokenizer.code_shape,
             codebook=image_tokenizer.codebook().detach(),
             use_ema=use_ema,
+            precision=precision,
+            device=device,
         )
         if checkpoint.model.config.condition.kind == "text":
             checkpoint.text_tokenizer = _find_text_tokenizer(path, checkpoint.model, text_tokenizer)

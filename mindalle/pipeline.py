@@ -18,9 +18,9 @@ from mindalle.rerank import ClipReranker
 from mindalle.text import TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage2_transformer import GPT, RQTransformer, SamplingParams, image_seeds, iterate_codes
+from stage2_transformer.precision import check_precision, precision_of
 
 logger = logging.getLogger(__name__)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,8 @@ class Pipeline:
             name: a bundled model ("emoji"), a local checkpoint of any known layout, a release
                 ("minDALL-E/1.3B", "rq-vae/cc3m", ...), or a Hugging Face hub id.
             device: where the models compute.
-            precision: "fp32", "bf16" or "fp16", of the sequence model.
+            precision: "fp32", "bf16", "fp16", "int8" (CPU only, and not exact) or "auto", which chooses by
+                device and size; of the sequence model.
             clip: the CLIP to rerank with, see `ClipReranker.from_pretrained`; None = the checkpoint's own,
                 if any.
             text_tokenizer: file or directory, where it is not with the checkpoint.
@@ -111,17 +112,22 @@ class Pipeline:
 
         Raises:
             FileNotFoundError: if there is no such model.
-            ValueError: if the checkpoint is damaged or an argument unknown.
+            ValueError: if the checkpoint is damaged, or an argument unknown or not for this device.
         """
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        check_precision(precision, device)  # before anything is downloaded
         path = resolve_model(name)
-        checkpoint = load_checkpoint(path, text_tokenizer=text_tokenizer, use_ema=use_ema)
+        checkpoint = load_checkpoint(
+            path, text_tokenizer=text_tokenizer, use_ema=use_ema, precision=precision, device=device
+        )
+        if checkpoint.model is not None and precision == "auto":
+            chosen = precision_of(checkpoint.model)
+            if chosen != "fp32":  # which needs no word: it is exact
+                logger.info("precision %s, chosen by device and size; fp32 is exact, and slower", chosen)
         if clip is None and (path / "clip.safetensors").is_file():
             clip = path
         return cls(
             checkpoint.image_tokenizer.to(device),
-            checkpoint.model.to(device, PRECISIONS[precision]) if checkpoint.model is not None else None,
+            checkpoint.model.to(device) if checkpoint.model is not None else None,
             checkpoint.text_tokenizer,
             ClipReranker.from_pretrained(clip, device=device) if clip is not None else None,
             checkpoint.sampling,

@@ -7,11 +7,13 @@ from stage2_transformer.generate import generate, iterate_codes
 from stage2_transformer.gpt import GPT, GPTConfig
 from stage2_transformer.interface import SequenceModel, SequenceOutput
 from stage2_transformer.layers import TransformerConfig
+from stage2_transformer.precision import PRECISIONS, choose_precision
 from stage2_transformer.rq_transformer import RQTransformer, RQTransformerConfig
 from stage2_transformer.sampling import SamplingParams, code_probabilities, image_seeds, sample_next
 
 __all__ = [
     "GPT",
+    "PRECISIONS",
     "STAGE2",
     "ConditionConfig",
     "GPTConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "SequenceModel",
     "SequenceOutput",
     "TransformerConfig",
+    "choose_precision",
     "code_probabilities",
     "generate",
     "image_seeds",

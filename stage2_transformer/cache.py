@@ -205,3 +205,29 @@ class RQCache:
         """Forget all but the first `num_codes` codes of a row, see `KVCache.rewind`."""
         self.head.rewind(row, num_codes)
         self.body.rewind(row, num_codes // self.depth)
+
+    def store(self, codes: Tensor, rows: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """Keep the next codes of rows that are at one depth.
+
+        Args:
+            codes: int64 (R, n).
+            rows: R rows of the cache.
+            starts: codes that each row had before; equal modulo D.
+
+        Returns:
+            (R, P, D), the positions that these codes fall into, whole; codes to come are anything.
+        """
+        num_new, phase = codes.shape[1], starts[0] % self.depth
+        size = -(-(phase + num_new) // self.depth) * self.depth
+        if list(rows) == list(range(self.batch_size)) and len(set(starts)) == 1:
+            self.codes[:, starts[0] : starts[0] + num_new] = codes
+            first = starts[0] - phase
+            return self.codes[:, first : first + size].view(
+                len(rows), -1, self.depth
+            )  # (R, P D) -> (R, P, D)
+        device = codes.device
+        row_index = torch.tensor(rows, device=device)[:, None]  # (R, 1)
+        begin = torch.tensor(starts, device=device)[:, None]  # (R, 1)
+        self.codes[row_index, begin + torch.arange(num_new, device=device)] = codes
+        block = begin - phase + torch.arange(size, device=device)  # (R, P D)
+        return self.codes[row_index, block].view(len(rows), -1, self.depth)  # (R, P D) -> (R, P, D)

@@ -13,7 +13,9 @@ from torch import Tensor
 from checkpoint_io import CheckpointError, CheckpointPart, KeyTable, config_from_mapping, load_strict
 from stage2_transformer.conditioning import ConditionConfig
 from stage2_transformer.gpt import GPT, GPTConfig
+from stage2_transformer.int8 import Int8Loader
 from stage2_transformer.layers import TransformerConfig
+from stage2_transformer.precision import DTYPES, choose_precision
 from stage2_transformer.rq_transformer import RQTransformer, RQTransformerConfig
 
 STAGE2: dict[str, tuple[type[Any], type[Any]]] = {
@@ -82,7 +84,13 @@ ACTIVATIONS: dict[Any, Literal["gelu", "quick_gelu"]] = {
 
 
 def model_from_part(
-    part: CheckpointPart, *, code_shape: tuple[int, ...], codebook: Tensor, use_ema: bool = False
+    part: CheckpointPart,
+    *,
+    code_shape: tuple[int, ...],
+    codebook: Tensor,
+    use_ema: bool = False,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
 ) -> GPT | RQTransformer:
     """Build and fill the sequence model of a checkpoint whose layout is known.
 
@@ -91,13 +99,16 @@ def model_from_part(
         code_shape: of the image tokenizer beside it, to check that both fit.
         codebook: (D, V, C) of the image tokenizer, which an RQ-Transformer reads codes with.
         use_ema: take the averaged weights, where the file has them.
+        precision: see `choose_precision`; weights are converted one by one while they are read.
+        device: where the model will compute; a precision has to fit it.
 
     Returns:
-        The model, in evaluation mode, float32, on the CPU.
+        The model, in evaluation mode, still on the CPU.
 
     Raises:
         CheckpointError: if weights and config are at odds, the model does not fit the tokenizer, or the file
             is damaged.
+        ValueError: if the precision is unknown or not for that device.
     """
     tensors: dict[str, Tensor]
     table: KeyTable | None = None
@@ -113,7 +124,10 @@ def model_from_part(
     model = build_model(config, codebook)
     for name in WITH_LEADING_ONE & set(tensors):
         tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
-    load_strict(model, tensors, source=str(part.file), table=table)
+    precision = choose_precision(precision, device, sum(weight.numel() for weight in model.parameters()))
+    model.to(dtype=DTYPES.get(precision))
+    take = Int8Loader(model).take if precision == "int8" else None
+    load_strict(model, tensors, source=str(part.file), table=table, take=take)
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stage2_transformer.cache import KVCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
 from stage2_transformer.interface import SequenceOutput, flatten_codes
-from stage2_transformer.layers import Transformer, TransformerConfig, init_weights
+from stage2_transformer.layers import Transformer, TransformerConfig, init_weights, successive_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +131,8 @@ class GPT(nn.Module):
         Returns:
             (B, n, V): the logits of the code after each.
         """
-        chosen = range(cache.batch_size) if rows is None else rows
-        first = torch.tensor([cache.num_codes[row] for row in chosen], device=codes.device)
-        step = cache.begin_step(codes.shape[1], rows)
-        positions = first[:, None] + torch.arange(codes.shape[1], device=codes.device)  # (B, n)
-        x = self.code_embedding(codes) + self.code_positions[positions]
+        consumed, num_new = cache.num_codes, codes.shape[1]
+        starts = consumed if rows is None else [consumed[row] for row in rows]
+        step = cache.begin_step(num_new, rows)
+        x = self.code_embedding(codes) + successive_rows(self.code_positions, starts, num_new)
         return self.head(self.norm(self.transformer(x, step)))  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,6 +151,23 @@ class Transformer(nn.Module):
             else:
                 x = block(x, layer, step)
         return x
+
+
+def successive_rows(table: Tensor, starts: Sequence[int], num_rows: int) -> Tensor:
+    """The n rows of a table that follow each start.
+
+    Args:
+        table: (S, C).
+        starts: R indices, at least one.
+        num_rows: n.
+
+    Returns:
+        (R, n, C), or a view (n, C) where all starts are equal: nothing is copied or sent to the device.
+    """
+    if len(set(starts)) == 1:
+        return table[starts[0] : starts[0] + num_rows]
+    indices = [list(range(start, start + num_rows)) for start in starts]
+    return table[torch.tensor(indices, device=table.device)]
 
 
 def init_weights(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stage2_transformer.cache import RQCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
 from stage2_transformer.interface import SequenceOutput, flatten_codes
-from stage2_transformer.layers import Transformer, TransformerConfig, init_weights
+from stage2_transformer.layers import Transformer, TransformerConfig, init_weights, successive_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ class RQTransformer(nn.Module):
         x = self.body(self.dropout(torch.cat([prompt, positions], dim=1)))  # (B, N + P - 1, C)
         length = prompt.shape[1]
         contexts = x[:, length - 1 :].unsqueeze(2)  # (B, P, 1, C)
-        earlier = self._read_depths(by_position)[:, :, :-1]  # (B, P, D - 1, C)
+        earlier = self._read_depths(by_position).view(*by_position.shape, -1)[:, :, :-1]  # (B, P, D - 1, C)
         inputs = torch.cat([contexts, earlier], dim=2) + self.depth_embedding  # (B, P, D, C)
         hidden = self.head(self.dropout(inputs).flatten(0, 1))  # (B, P, D, C) -> (B P, D, C)
         logits = self._classify(hidden, range(depth))  # (B P, D, V)
@@ -242,9 +242,10 @@ class RQTransformer(nn.Module):
             (B, n, V): the logits of the code after each.
         """
         chosen = list(range(cache.batch_size)) if rows is None else list(rows)
+        consumed = cache.num_codes
         by_phase: dict[int, list[int]] = {}  # depth of the next code -> which of the chosen rows
         for i, row in enumerate(chosen):
-            by_phase.setdefault(cache.num_codes[row] % self.config.depth, []).append(i)
+            by_phase.setdefault(consumed[row] % self.config.depth, []).append(i)
         if len(by_phase) == 1:
             return self._decode_phase(codes, cache, chosen)
         logits = torch.empty(0)
@@ -256,28 +257,28 @@ class RQTransformer(nn.Module):
 
     def _decode_phase(self, codes: Tensor, cache: RQCache, rows: list[int]) -> Tensor:
         """`decode` for rows that are at the same depth: (R, n) -> (R, n, V)."""
-        depth, num_new, device = self.config.depth, codes.shape[1], codes.device
-        consumed = [cache.num_codes[row] for row in rows]
+        depth, num_new, num_codes = self.config.depth, codes.shape[1], cache.num_codes
+        consumed = [num_codes[row] for row in rows]
         phase = consumed[0] % depth
         num_complete = (phase + num_new) // depth  # positions that these codes complete
-        num_touched = -(-(phase + num_new) // depth)  # positions that they fall into
         head_step = cache.head.begin_step(
             num_new, rows, [[(c + i + 1) // depth * depth for i in range(num_new)] for c in consumed]
         )
-        starts = torch.tensor(consumed, device=device)[:, None]  # (R, 1)
-        row_index = torch.tensor(rows, device=device)[:, None]  # (R, 1)
-        cache.codes[row_index, starts + torch.arange(num_new, device=device)] = codes
-        block = starts - phase + torch.arange(num_touched * depth, device=device)  # (R, touched * D)
-        touched = cache.codes[row_index, block].view(len(rows), -1, depth)  # (R, touched, D)
-        inputs = self._read_depths(touched).flatten(1, 2)[:, phase : phase + num_new]  # (R, n, C)
+        touched = cache.store(codes, rows, consumed)  # (R, touched, D)
+        inputs = self._read_depths(touched, phase, num_new)  # (R, n, C)
         next_depths = [(phase + i + 1) % depth for i in range(num_new)]
         if num_complete:
             body_step = cache.body.begin_step(num_complete, rows)
-            positions = starts // depth + torch.arange(num_complete, device=device)  # (R, complete)
-            embedded = self._read_positions(touched[:, :num_complete]) + self.position_embedding[positions]
+            starts = [c // depth for c in consumed]
+            embedded = self._read_positions(touched[:, :num_complete])
+            context = self.body(
+                embedded + successive_rows(self.position_embedding, starts, num_complete), body_step
+            )
             first_context = depth - 1 - phase  # which of the n codes completes the first position
-            inputs[:, first_context::depth] = self.body(embedded, body_step)
-        hidden = self.head(inputs + self.depth_embedding[next_depths], head_step)
+            inputs = context if num_new == 1 else inputs.slice_scatter(context, 1, first_context, step=depth)
+        # a single one as a slice, since a list of indices would be sent to the device
+        chosen = slice(next_depths[0], next_depths[0] + 1) if num_new == 1 else next_depths
+        hidden = self.head(inputs + self.depth_embedding[chosen], head_step)
         return self._classify(hidden, next_depths)
 
     def _vectors(self, codes: Tensor, *, from_codebook: bool) -> Tensor:
@@ -298,17 +299,21 @@ class RQTransformer(nn.Module):
         # in the originals each of the D vectors goes through the layer alone, so its bias counts D times
         return self.body_input(summed, num_summed=self.config.depth)  # type: ignore[no-any-return]
 
-    def _read_depths(self, codes: Tensor) -> Tensor:
-        """Codes (B, P, D) -> the head's inputs after each (B, P, D, C), without depth embedding."""
+    def _read_depths(self, codes: Tensor, first: int = 0, num_read: int | None = None) -> Tensor:
+        """Codes (B, P, D) -> the head's inputs after `num_read` (or all) of the P D codes from `first` on.
+
+        (B, n, C), without depth embedding.
+        """
         vectors = self._vectors(codes, from_codebook=self.config.has_codebook_head)
         if self.config.has_codebook_head and self.config.has_cumulative_head:
             vectors = vectors.cumsum(dim=-2)
-        return self.head_input(vectors)  # type: ignore[no-any-return]
+        last = None if num_read is None else first + num_read
+        return self.head_input(vectors.flatten(1, 2)[:, first:last])  # type: ignore[no-any-return]
 
     def _classify(self, hidden: Tensor, depths: Sequence[int]) -> Tensor:
         """(B, n, C), head outputs of the given depths -> (B, n, V), -inf beyond a depth's own codebook."""
         normed = self.classifier_norm(hidden)
-        if isinstance(self.classifier, nn.Linear):
+        if not isinstance(self.classifier, DepthClassifier):
             return self.classifier(normed)  # type: ignore[no-any-return]
         logits: Tensor = self.classifier(normed, depths)
         for i, d in enumerate(depths):

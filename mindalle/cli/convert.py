@@ -44,7 +44,7 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
     check_writable(destination.parent, "DST")
     from mindalle.checkpoint import load_checkpoint, save_checkpoint
     from mindalle.hub import resolve_model
-    from mindalle.pipeline import PRECISIONS
+    from stage2_transformer.precision import DTYPES
 
     source = resolve_model(args.source)
     checkpoint = load_checkpoint(source, text_tokenizer=args.text_tokenizer, use_ema=args.ema)
@@ -56,7 +56,7 @@ def convert_checkpoint(args: argparse.Namespace) -> None:
             text_tokenizer=checkpoint.text_tokenizer,
             sampling=checkpoint.sampling,
             card=f"# {destination.name}\n\nConverted from `{source.name}` ({checkpoint.layout} layout).\n",
-            dtype=PRECISIONS[args.dtype] if args.dtype else None,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
         )
     model = checkpoint.model
     if model is not None and model.config.condition.kind == "text" and checkpoint.text_tokenizer is None:

@@ -70,9 +70,9 @@ def export_run(args: argparse.Namespace) -> None:
     sampling = _sampling(args)
     from mindalle.checkpoint import save_checkpoint
     from mindalle.model_card import model_card
-    from mindalle.pipeline import PRECISIONS
     from mindalle.run import clip_of_run, open_run
     from stage2_transformer import STAGE2
+    from stage2_transformer.precision import DTYPES
 
     opened = open_run(args.run)
     if opened.kind in STAGE2:
@@ -91,7 +91,7 @@ def export_run(args: argparse.Namespace) -> None:
             **parts,
             sampling=sampling,
             card=model_card(name, opened, **parts, is_raw=is_raw) if card is None else card,
-            dtype=PRECISIONS[args.dtype] if args.dtype else None,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
         )
     say(args.destination)
 

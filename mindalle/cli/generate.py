@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   {prog} --prompt "a red apple"
   {prog} --prompt "a red apple" --prompt "a blue cat" --num-images 4 --num-candidates 32 --seed 0
-  {prog} --model minDALL-E/1.3B --clip ViT-B/32 --prompt "a painting of a fox" --top-k 256 --precision bf16
+  {prog} --model minDALL-E/1.3B --clip ViT-B/32 --prompt "a painting of a fox" --top-k 256 --precision int8
   {prog} --model path/to/rq-vae/imagenet_1.4B --class-label 207 --num-images 8
   {prog} --prompt "a cat" --complete half.png --keep-rows 4"""
 
@@ -57,7 +57,12 @@ def build_parser(prog: str) -> Parser:
     add("--clip", metavar="NAME", help="rerank with ViT-B/32, a .pt file or a native directory")
     add("--no-rerank", action="store_true", help="keep the first pictures drawn")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the transformer (fp32)")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16", "int8"),
+        default="auto",
+        help="of the transformer; auto: by device and size (auto)",
+    )
     add = parser.add_argument_group("how to sample (defaults come from the checkpoint)").add_argument
     add("--temperature", type=float, metavar="T", help="0 = greedy")
     add("--top-k", type=int, nargs="+", metavar="K", help="keep the K likeliest codes; RQ: one per depth")
@@ -259,10 +264,12 @@ class _Painter:
 
     def _records(self, prompt: str | int | None, result: Generation) -> list[dict[str, Any]]:
         """One mapping per picture with all that is needed to draw it again."""
+        from stage2_transformer.precision import precision_of
+
         args = self.args
         settings = {
             **asdict(self.params),
-            "precision": args.precision,
+            "precision": precision_of(self.pipe.model) if self.pipe.model is not None else args.precision,
             "ema": args.ema,
             "num_candidates": args.num_candidates,
             "clip": args.clip,

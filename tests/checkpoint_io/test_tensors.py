@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from checkpoint_io import CheckpointError, atomic_path, read_tensors, write_safetensors
+from checkpoint_io.tensors import release_pages
 
 TENSORS = {
     "float32": torch.tensor([[1.0, -2.5], [0.0, 3.0]]),
@@ -272,3 +273,40 @@ class TestAtomicPath:
                 temporary.write_text("new")
             assert reader.read() == "old"
         assert path.read_text() == "new"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux only")
+class TestReleasePages:
+    @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+    def test_memory_shrinks_and_values_stay(self, tmp_path: Path, suffix: str) -> None:
+        file, written = tmp_path / f"x.{suffix}", {"a": torch.randn(4, 1 << 20), "b": torch.randn(1 << 20)}
+        if suffix == "safetensors":
+            write_safetensors(file, written)
+        else:
+            torch.save(written, file)
+        tensors = read_tensors(file)
+        assert torch.equal(tensors["a"], written["a"])  # reads it: now it is in memory
+        before = mapped_bytes(file)
+        assert before > written["a"].nbytes * 0.9
+        release_pages(tensors["a"])
+        assert mapped_bytes(file) < before - written["a"].nbytes * 0.9
+        assert_same(tensors, written)
+
+    def test_memory_without_a_file_is_left_alone(self) -> None:
+        tensor = torch.ones(1 << 20)
+        release_pages(tensor)
+        release_pages(tensor.view(1024, 1024).T)
+        release_pages(torch.empty(1 << 20, device="meta"))
+        assert bool((tensor == 1).all())
+
+
+def mapped_bytes(file: Path) -> int:
+    """How much of a mapped file is in this process's memory."""
+    total, is_file = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        fields = line.split()
+        if not fields[0].endswith(":"):
+            is_file = fields[-1] == str(file)
+        elif is_file and fields[0] == "Rss:":
+            total += 1024 * int(fields[1])
+    return total

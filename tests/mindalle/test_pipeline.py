@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import sys
@@ -31,6 +32,8 @@ from stage2_transformer import (
     image_seeds,
     sample_next,
 )
+from stage2_transformer.int8 import has_int8, quantize_
+from stage2_transformer.precision import precision_of
 from stage2_transformer.sampling import uniforms
 
 PROMPT = "a red apple"
@@ -453,8 +456,40 @@ class TestFromPretrained:
         assert {parameter.dtype for parameter in pipe.image_tokenizer.parameters()} == {torch.float32}
         assert len(pipe(PROMPT).images) == 1
 
+    @pytest.mark.skipif(not has_int8(), reason="no FBGEMM on this machine")
+    def test_int8_is_quantised_while_it_loads(self, native: Path, tiny_pipeline: Pipeline) -> None:
+        model = model_of(Pipeline.from_pretrained(native, precision="int8"))
+        assert precision_of(model) == "int8"
+        expected = quantize_(copy.deepcopy(model_of(tiny_pipeline)))
+        codes = torch.zeros(1, *model.code_shape, dtype=torch.int64)
+        cond = tiny_pipeline.encode_condition(PROMPT)
+        with torch.no_grad():
+            assert torch.equal(model(codes, cond).logits, expected(codes, cond).logits)
+
+    @pytest.mark.skipif(not has_int8(), reason="no FBGEMM on this machine")
+    @pytest.mark.parametrize(("least", "chosen"), [(1, "int8"), (10**9, "fp32")])
+    def test_auto_says_if_it_is_not_exact(
+        self,
+        native: Path,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        least: int,
+        chosen: str,
+    ) -> None:
+        monkeypatch.setattr("stage2_transformer.precision.INT8_WEIGHTS", least)
+        with caplog.at_level("INFO", "mindalle"):
+            pipe = Pipeline.from_pretrained(native, precision="auto")
+        assert precision_of(model_of(pipe)) == chosen
+        assert ("precision int8, chosen by device and size" in caplog.text) == (chosen == "int8")
+
+    def test_int8_is_refused_before_anything_is_downloaded(self) -> None:
+        with pytest.raises(ValueError, match="int8 is for CPUs"):
+            Pipeline.from_pretrained("no-such-model", device="cuda", precision="int8")
+
     def test_unknown_precision(self, native: Path) -> None:
-        with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'int3'"):
+        with pytest.raises(
+            ValueError, match="precision must be one of auto, fp32, bf16, fp16, int8, got 'int3'"
+        ):
             Pipeline.from_pretrained(native, precision="int3")
 
     def test_which_clip(self, native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
