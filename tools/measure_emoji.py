@@ -18,9 +18,9 @@ from mindalle.cli.command import Parser, UsageError, positive_int, run, say
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mindalle import SamplingParams
     from mindalle.pipeline import Pipeline
     from mindalle.rerank import ClipReranker
-    from stage2_transformer import SamplingParams
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 """Of the recoloured copies: a colour is right one time in seven by chance."""
@@ -121,7 +121,7 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
     """The same for every combination of `SWEEP`, with one candidate; the best recall at 5 comes first."""
-    from stage2_transformer import SamplingParams
+    from mindalle import SamplingParams
 
     pipe, judge, names = load_pipeline(args.model), load_judge(args.judge), concept_names(args.data)
     rows = []
