@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("mindalle.cli.train", "train a model with Lightning"),
     "export": ("mindalle.cli.export", "finished training runs to a native checkpoint"),
     "encode": ("mindalle.cli.encode", "pictures to codes, once, for training a sequence model"),
+    "benchmark": ("mindalle.cli.benchmark", "how fast a model draws, on this machine"),
     "train-tokenizer": ("mindalle.cli.train_tokenizer", "captions to a text tokenizer"),
 }
 

@@ -1,0 +1,1 @@
+"""How fast a model is: shapes, the straightforward decode to compare with, and what the machine can do."""
