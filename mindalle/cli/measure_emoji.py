@@ -1,0 +1,267 @@
+"""`tools/measure_emoji.py`: the bundled model on held-out emoji, judged by a CLIP of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import islice, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindalle.cli.command import Parser, UsageError, positive_int, run, say
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mindalle import SamplingParams
+    from mindalle.pipeline import Pipeline
+    from mindalle.rerank import ClipReranker
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
+"""Of the recoloured copies: a colour is right one time in seven by chance."""
+BATCH = 64
+SWEEP = {"temperature": (0.7, 0.85, 1.0), "top_k": (64, 256, None), "cfg_scale": (1.0, 2.0, 3.0, 5.0)}
+EXAMPLES = """\
+  {prog} reconstruct data/emoji --model runs/emoji/rqvae
+  {prog} clip data/emoji --judge runs/emoji/judge
+  {prog} draw data/emoji --model emoji --judge runs/emoji/judge --num-candidates 16 --out measures.json
+  {prog} sweep data/emoji --model emoji --judge runs/emoji/judge --num-captions 60"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture of a shard and what its JSON says."""
+
+    image: Image.Image
+    about: dict[str, Any]
+
+
+def build_parser(prog: str) -> Parser:
+    """The command's options."""
+    parser = Parser(
+        prog=prog,
+        description="Measure image tokenizer, CLIP and drawings on held-out emoji.",
+        examples=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("what", choices=("reconstruct", "clip", "draw", "sweep"), help="what to measure")
+    add("data", type=Path, metavar="DATA", help="folder of the shards, see build_emoji.py")
+    add("--model", default="emoji", metavar="NAME", help="bundled name, path or run (emoji)")
+    add("--judge", metavar="NAME", help="the CLIP that judges: not the one that ranks, or it judges itself")
+    add("--num-captions", type=positive_int, default=200, metavar="N", help="held-out captions drawn (200)")
+    add("--num-candidates", type=positive_int, default=16, metavar="N", help="of best-of-N (16)")
+    add("--seed", type=int, default=0, help="of captions and drawings (0)")
+    add("--out", type=Path, metavar="FILE", help="JSON to add the results to")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "measure_emoji.py") -> int:
+    """Run the command; returns its exit code."""
+    return run(build_parser(prog), measure, argv)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure, print, and add to the JSON."""
+    if args.what != "reconstruct" and args.judge is None:
+        raise UsageError(f"{args.what} needs a CLIP that judges: pass --judge")
+    results = {"reconstruct": reconstruct, "clip": retrieve, "draw": draw, "sweep": sweep}[args.what](args)
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "debug", "what")}
+    entry = {"measure": args.what, "settings": settings, "results": results}
+    say(json.dumps(results, indent=1))
+    if args.out is not None:
+        from checkpoint_io import atomic_path
+
+        entries = json.loads(args.out.read_text()) if args.out.is_file() else []
+        with atomic_path(args.out) as temporary:
+            temporary.write_text(json.dumps([*entries, entry], indent=1) + "\n", encoding="utf-8")
+
+
+def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
+    """PSNR and SSIM on `val_pair`."""
+    import torch
+
+    from mindalle.evaluation import measure_reconstruction
+    from mindalle.image import fit, to_tensor
+    from mindalle.run import load_image_tokenizer
+
+    tokenizer = load_image_tokenizer(args.model)
+    size = (tokenizer.convnet.image_size,) * 2
+    records = read_records(args.data, "val_pair")
+    batches = (
+        torch.stack([to_tensor(fit(record.image, size)) for record in batch])
+        for batch in iter(lambda: list(islice(records, BATCH)), [])
+    )
+    return asdict(measure_reconstruction(tokenizer, batches))
+
+
+def retrieve(args: argparse.Namespace) -> dict[str, Any]:
+    """The judge's own R@1 and R@5 on `val_pair`: picture to name, among all names."""
+    judge, names = load_judge(args.judge), concept_names(args.data)
+    records = [record for record in read_records(args.data, "val_pair") if "recolored" not in record.about]
+    pictures = [record.image for record in records]
+    return concept_recall(judge, pictures, [record.about["name"] for record in records], names)
+
+
+def draw(args: argparse.Namespace) -> dict[str, Any]:
+    """Recall of held-out captions and accuracy of unseen colours, with one candidate and the best of N."""
+    pipe, judge, names = load_pipeline(args.model), load_judge(args.judge), concept_names(args.data)
+    results: dict[str, Any] = {"params": asdict(pipe.sampling.params)}
+    counts = [1] + ([args.num_candidates] if pipe.reranker is not None and args.num_candidates > 1 else [])
+    for num_candidates in counts:
+        results[f"best_of_{num_candidates}"] = judged(
+            pipe, judge, names, args, num_candidates=num_candidates, params=pipe.sampling.params
+        )
+    return results
+
+
+def sweep(args: argparse.Namespace) -> dict[str, Any]:
+    """The same for every combination of `SWEEP`, with one candidate; the best recall at 5 comes first."""
+    from mindalle import SamplingParams
+
+    pipe, judge, names = load_pipeline(args.model), load_judge(args.judge), concept_names(args.data)
+    rows = []
+    for values in product(*SWEEP.values()):
+        setting: dict[str, Any] = dict(zip(SWEEP, values, strict=True))
+        params = SamplingParams(**setting)
+        rows.append(setting | judged(pipe, judge, names, args, num_candidates=1, params=params))
+        say(json.dumps(rows[-1]), is_note=True)
+    return {"rows": sorted(rows, key=lambda row: -row["recall_at_5"] - row["colour_accuracy"])}
+
+
+def judged(
+    pipe: Pipeline,
+    judge: ClipReranker,
+    names: list[str],
+    args: argparse.Namespace,
+    *,
+    num_candidates: int,
+    params: SamplingParams,
+) -> dict[str, Any]:
+    """Draw the held-out captions and colours and let the judge say what it sees."""
+    captions = held_out_captions(args.data, args.num_captions, args.seed)
+    pictures = draw_prompts(pipe, list(captions), num_candidates, params, args.seed)
+    results = concept_recall(judge, pictures, list(captions.values()), names)
+    prompts = unseen_colours(args.data)[: args.num_captions]
+    pictures = draw_prompts(
+        pipe, [f"{colour} {thing}" for colour, thing in prompts], num_candidates, params, args.seed
+    )
+    return results | {
+        "colour_accuracy": colour_accuracy(judge, pictures, prompts),
+        "num_colours": len(prompts),
+    }
+
+
+def concept_recall(
+    judge: ClipReranker, pictures: Sequence[Image.Image], own: Sequence[str], names: list[str]
+) -> dict[str, Any]:
+    """How often a picture's name is among the 1 and 5 that the judge finds most similar."""
+    import torch
+
+    from mindalle.evaluation import ranks_of_own, recall
+
+    places = {name: place for place, name in enumerate(names)}
+    ranks = ranks_of_own(
+        judge.encode_images(pictures), judge.encode_texts(names), torch.tensor([places[name] for name in own])
+    )
+    return {
+        "recall_at_1": recall(ranks, 1),
+        "recall_at_5": recall(ranks, 5),
+        "num_pictures": len(ranks),
+        "num_names": len(names),
+    }
+
+
+def colour_accuracy(
+    judge: ClipReranker, pictures: Sequence[Image.Image], prompts: Sequence[tuple[str, str]]
+) -> float:
+    """How often the judge finds the colour that was asked for, among seven of the same thing."""
+    found = 0
+    for picture, (colour, thing) in zip(pictures, prompts, strict=True):
+        texts = judge.encode_texts([f"{one} {thing}" for one in COLOURS])
+        (image,) = judge.encode_images([picture])
+        found += COLOURS[int((texts @ image).argmax())] == colour
+    return found / len(prompts)
+
+
+def draw_prompts(
+    pipe: Pipeline, prompts: Sequence[str], num_candidates: int, params: SamplingParams, seed: int
+) -> list[Image.Image]:
+    """The first picture of each prompt."""
+    from tqdm import tqdm
+
+    return [
+        pipe(prompt, num_candidates=num_candidates, params=params, seed=seed).images[0]
+        for prompt in tqdm(prompts, desc=f"drawing, best of {num_candidates}")
+    ]
+
+
+def held_out_captions(data: Path, number: int, seed: int) -> dict[str, str]:
+    """Captions of concept and style whose drawing was held out, and the concept's name."""
+    captions = {
+        caption: record.about["name"]
+        for record in read_records(data, "val_pair")
+        if "recolored" not in record.about
+        for caption in record.about["captions"]
+        if caption.endswith(f"{record.about['style']} style")
+    }
+    chosen = random.Random(seed).sample(sorted(captions), min(number, len(captions)))
+    return {caption: captions[caption] for caption in chosen}
+
+
+def unseen_colours(data: Path) -> list[tuple[str, str]]:
+    """Pairs of colour and thing that were never seen together."""
+    found = set()
+    for record in read_records(data, "val_color"):
+        colour, _, thing = record.about["name"].partition(" ")
+        if colour in COLOURS and thing:
+            found.add((colour, thing))
+    return sorted(found)
+
+
+def concept_names(data: Path) -> list[str]:
+    """The names of all concepts."""
+    return sorted(
+        {
+            record.about["name"]
+            for split in ("train", "val_pair")
+            for record in read_records(data, split)
+            if "recolored" not in record.about
+        }
+    )
+
+
+def read_records(data: Path, split: str) -> Iterator[Record]:
+    """The pictures of a split with their JSON, in order."""
+    import webdataset as wds
+
+    from mindalle.data.samples import Unreadable, decode
+
+    shards = sorted(str(path) for path in data.glob(f"{split}-*.tar"))
+    if not shards:
+        raise FileNotFoundError(f"no {split}-*.tar in {data}: make them with tools/build_emoji.py")
+    for sample in wds.WebDataset(shards, shardshuffle=False):
+        decoded = decode(sample["__key__"], BytesIO(sample["png"]), (), None)
+        if isinstance(decoded, Unreadable):
+            raise ValueError(f"{split}: {decoded.key} is damaged: {decoded.reason}; make the shards again")
+        yield Record(decoded.image, json.loads(sample["json"]))
+
+
+def load_judge(name: str) -> ClipReranker:
+    """A CLIP that was trained here."""
+    from mindalle.rerank import ClipReranker
+    from mindalle.run import load_own_clip
+
+    clip = load_own_clip(name)
+    model: Any = clip.model.eval()
+    return ClipReranker(model, clip.config.preprocess(), clip.tokenize)
+
+
+def load_pipeline(name: str) -> Pipeline:
+    """The model to draw with."""
+    from mindalle import Pipeline
+
+    return Pipeline.from_pretrained(name)
