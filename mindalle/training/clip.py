@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from mindalle.clip import ClipConfig, read_clip_tokenizer
+from mindalle.evaluation.retrieval import ranks_of_own
 from mindalle.hub import resolve_text_tokenizer
 from mindalle.run import RUN_KEY, load_own_clip
 from mindalle.training.base import OptimizerConfig, Training
@@ -248,15 +249,11 @@ class CaptionRetrieval(Metric):
         distinct, caption = torch.unique(ids, dim=0, return_inverse=True)  # (m, N), (n,)
         rows = torch.arange(len(ids), device=ids.device)
         first = rows.new_empty(len(distinct)).scatter_(0, caption, rows)  # (m,): a row of each caption
-        ranks = []
-        for start in range(0, len(images), 1024):  # which bounds the memory
-            similarity = images[start : start + 1024] @ texts[first].T  # (1024, m)
-            own = similarity.gather(1, caption[start : start + 1024, None])  # (1024, 1)
-            # not "greater": a model that says the same of all captions, or nan, has found nothing
-            is_before = ~(similarity < own)
-            ranks.append(is_before.sum(dim=1) - 1)
-        rank = torch.cat(ranks)
-        return {f"recall_at_{k}": (rank < k).float().mean() for k in RECALLS}
+        parts = zip(
+            torch.split(images, 1024), torch.split(caption, 1024), strict=True
+        )  # which bounds the memory
+        ranks = torch.cat([ranks_of_own(part, texts[first], own) for part, own in parts])
+        return {f"recall_at_{k}": (ranks < k).float().mean() for k in RECALLS}
 
 
 def _unit(features: Tensor) -> Tensor:
