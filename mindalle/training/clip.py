@@ -249,9 +249,8 @@ class CaptionRetrieval(Metric):
         distinct, caption = torch.unique(ids, dim=0, return_inverse=True)  # (m, N), (n,)
         rows = torch.arange(len(ids), device=ids.device)
         first = rows.new_empty(len(distinct)).scatter_(0, caption, rows)  # (m,): a row of each caption
-        parts = zip(
-            torch.split(images, 1024), torch.split(caption, 1024), strict=True
-        )  # which bounds the memory
+        # in parts, which bounds the memory
+        parts = zip(torch.split(images, 1024), torch.split(caption, 1024), strict=True)
         ranks = torch.cat([ranks_of_own(part, texts[first], own) for part, own in parts])
         return {f"recall_at_{k}": (ranks < k).float().mean() for k in RECALLS}
 
