@@ -7,10 +7,13 @@ rows beside it, so an image does not depend on its batch.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from stage2_transformer.rq_transformer import DepthClassifier
 
 WEIGHT_LEVELS = 127
 """Of a signed byte; -128 is left out, so that the range is symmetric."""
@@ -62,6 +65,24 @@ class Int8Linear(nn.Module):
         raise ValueError("an int8 model cannot be saved: save the model it was made from, in fp32 or bf16")
 
 
+class Int8DepthClassifier(nn.Module):
+    """`DepthClassifier` with a layer of int8 weights per depth.
+
+    Args:
+        layers: D of them, without bias.
+        bias: (D, V) float32.
+    """
+
+    def __init__(self, layers: Sequence[Int8Linear], bias: nn.Parameter) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.bias = bias
+
+    def forward(self, x: Tensor, depth: int) -> Tensor:
+        """(..., C), all of one depth -> (..., V)."""
+        return self.layers[depth](x).add_(self.bias[depth])  # type: ignore[no-any-return]
+
+
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round the weights of each output channel to int8.
 
@@ -71,7 +92,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int8 (C', C) in [-127, 127] and float32 (C',): scale * int8 is within scale / 2 of the weight.
     """
-    weight = weight.detach().float()
+    weight = weight.detach().float().contiguous()
     # of a channel of zeros any scale will do
     scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp_min_(1e-30) / WEIGHT_LEVELS
     return (weight / scale[:, None]).round_().to(torch.int8), scale
@@ -85,7 +106,7 @@ def quantize_(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model, which can be decoded from but no longer be trained or saved. Embeddings, norms,
-        attention and the cache stay in float32, and so does an output layer per depth.
+        attention and the cache stay in float32.
     """
     loader = Int8Loader(model)
     for name in loader.names:
@@ -105,7 +126,7 @@ class Int8Loader:
         self.names = [
             f"{name}.weight"
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and name not in KEPT
+            if type(module) in (nn.Linear, DepthClassifier) and name not in KEPT
         ]
         self._parts: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
 
@@ -123,13 +144,17 @@ class Int8Loader:
         """
         if name not in self.names:
             return False
+        owner = name.removesuffix(".weight")
+        layer: Any = self.model.get_submodule(owner)  # its bias is on the meta device if it comes later
+        if isinstance(layer, DepthClassifier):
+            by_depth = [Int8Linear(*quantize_rows(weight.T), None) for weight in tensor]  # (C, V) -> (V, C)
+            self.model.set_submodule(owner, Int8DepthClassifier(by_depth, layer.bias))
+            return True
         parts = self._parts.setdefault(name, {})
         parts[index] = quantize_rows(tensor)
         if len(parts) == num_parts:
             weights, scales = zip(*(parts[i] for i in range(num_parts)), strict=True)
-            owner = name.removesuffix(".weight")
-            bias: Any = self.model.get_submodule(owner).bias  # on the meta device if it comes later
-            self.model.set_submodule(owner, Int8Linear(torch.cat(weights), torch.cat(scales), bias))
+            self.model.set_submodule(owner, Int8Linear(torch.cat(weights), torch.cat(scales), layer.bias))
             del self._parts[name]
         return True
 

@@ -111,13 +111,9 @@ class DepthClassifier(nn.Module):
         self.weight = nn.Parameter(0.02 * torch.randn(depth, width, vocab_size))
         self.bias = nn.Parameter(torch.zeros(depth, vocab_size))
 
-    def forward(self, x: Tensor, depths: Sequence[int]) -> Tensor:
-        """(B, n, C) of which entry i is of depth `depths[i]` -> (B, n, V)."""
-        logits = x.new_empty(*x.shape[:2], self.weight.shape[-1])
-        for depth in set(depths):  # not one gathered weight (C, V) per entry: a known half image has hundreds
-            entries = [i for i, entry_depth in enumerate(depths) if entry_depth == depth]
-            logits[:, entries] = x[:, entries] @ self.weight[depth] + self.bias[depth]
-        return logits
+    def forward(self, x: Tensor, depth: int) -> Tensor:
+        """(..., C), all of one depth -> (..., V)."""
+        return x @ self.weight[depth] + self.bias[depth]
 
 
 class RQTransformer(nn.Module):
@@ -312,12 +308,21 @@ class RQTransformer(nn.Module):
 
     def _classify(self, hidden: Tensor, depths: Sequence[int]) -> Tensor:
         """(B, n, C), head outputs of the given depths -> (B, n, V), -inf beyond a depth's own codebook."""
-        normed = self.classifier_norm(hidden)
-        if not isinstance(self.classifier, DepthClassifier):
+        normed: Tensor = self.classifier_norm(hidden)
+        if self.config.has_shared_classifier:
             return self.classifier(normed)  # type: ignore[no-any-return]
-        logits: Tensor = self.classifier(normed, depths)
-        for i, d in enumerate(depths):
-            logits[:, i, self.config.codebook_sizes[d] :] = -math.inf
+        if len(depths) == 1:
+            return self._classify_depth(normed, depths[0])
+        logits = normed.new_empty(*normed.shape[:2], self.vocab_size)
+        for depth in set(depths):  # not one gathered weight (C, V) per entry: a known half image has hundreds
+            entries = [i for i, entry_depth in enumerate(depths) if entry_depth == depth]
+            logits[:, entries] = self._classify_depth(normed[:, entries], depth)
+        return logits
+
+    def _classify_depth(self, normed: Tensor, depth: int) -> Tensor:
+        """(B, n, C), all of one depth -> (B, n, V), -inf beyond its codebook."""
+        logits: Tensor = self.classifier(normed, depth)
+        logits[..., self.config.codebook_sizes[depth] :] = -math.inf
         return logits
 
 

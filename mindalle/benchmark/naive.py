@@ -170,7 +170,7 @@ class NaiveRQTransformer(NaiveModel):
         normed = self.model.classifier_norm(hidden)
         if isinstance(self.model.classifier, nn.Linear):
             return self.model.classifier(normed)[:, 0]  # type: ignore[no-any-return]
-        logits: Tensor = self.model.classifier(normed, [depth])[:, 0]
+        logits: Tensor = self.model.classifier(normed[:, 0], depth)
         logits[:, self.config.codebook_sizes[depth] :] = -math.inf
         return logits
 

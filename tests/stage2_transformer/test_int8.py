@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 
 from stage2_transformer import GPT, RQTransformer, SamplingParams, generate
 from stage2_transformer import precision as precision_module
-from stage2_transformer.int8 import Int8Linear, Int8Loader, has_int8, quantize_, quantize_rows
+from stage2_transformer.int8 import (
+    Int8DepthClassifier,
+    Int8Linear,
+    Int8Loader,
+    has_int8,
+    quantize_,
+    quantize_rows,
+)
 from stage2_transformer.precision import PRECISIONS, check_precision, choose_precision, precision_of
 
 needs_int8 = pytest.mark.skipif(not has_int8(), reason="no FBGEMM on this machine")
@@ -126,6 +134,20 @@ class TestModels:
             layers = [m for m in model.get_submodule(stack).modules() if isinstance(m, Int8Linear)]
             assert len(layers) == 4 * len(model.get_submodule(f"{stack}.blocks"))  # type: ignore[arg-type]
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+    def test_a_classifier_per_depth_has_a_layer_per_depth(self) -> None:
+        """It was left in float32 once: of a small model's weights, half."""
+        model = build("rq_sizes_per_depth")
+        assert isinstance(model, RQTransformer)
+        plain: Any = model.classifier
+        classifier = quantize_(model).get_submodule("classifier")
+        assert isinstance(classifier, Int8DepthClassifier)
+        x = torch.randn(5, 16)
+        for depth, (weight, bias) in enumerate(zip(plain.weight, plain.bias, strict=True)):
+            linear = nn.Linear(16, 20)
+            linear.weight, linear.bias = nn.Parameter(weight.T), nn.Parameter(bias)
+            expected = rounded(linear, x, classifier.layers[depth].levels)  # type: ignore[arg-type]
+            torch.testing.assert_close(classifier(x, depth).double(), expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("name", SIX)
     def test_cached_decode_is_the_full_forward_pass(self, name: str) -> None:

@@ -14,7 +14,7 @@ from oracle import rq_transformer as oracle_rq
 from oracle import rqvae as oracle_rqvae
 from oracle import sampling as oracle_sampling
 from oracle.make import Release, make_mindalle, make_mindalle_finetuned, make_rq
-from sequence_models import CONDITIONS, MODELS, Model, build, draw_codebook, draw_codes, draw_cond, rq
+from sequence_models import CONDITIONS, MODELS, SIX, Model, build, draw_codebook, draw_codes, draw_cond, rq
 from torch import Tensor
 
 from checkpoint_io import CheckpointError, config_to_mapping, find_parts, write_safetensors
@@ -27,6 +27,7 @@ from stage2_transformer.checkpoint import (
     model_from_part,
     rq_config,
 )
+from stage2_transformer.int8 import has_int8, quantize_
 
 Cond = Literal["text", "class", "none"]
 GREEDY = SamplingParams(temperature=0)
@@ -230,6 +231,18 @@ def test_native_checkpoints_hold_every_model(tmp_path: Path, name: str) -> None:
     assert not loaded.training
     codes, cond = draw_codes(config, 2), draw_cond(config, 2)
     torch.testing.assert_close(loaded(codes, cond), model(codes, cond), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not has_int8(), reason="no FBGEMM on this machine")
+@pytest.mark.parametrize("name", SIX)
+def test_int8_from_a_file_is_int8_from_memory(tmp_path: Path, name: str) -> None:
+    config = MODELS[name]
+    _save_native(tmp_path, config, build(name))
+    part, codebook = find_parts(tmp_path)["model"], _codebook(config)
+    loaded = model_from_part(part, code_shape=config.code_shape, codebook=codebook, precision="int8")
+    codes, cond = draw_codes(config, 2), draw_cond(config, 2)
+    expected = quantize_(build(name))(codes, cond)
+    torch.testing.assert_close(loaded(codes, cond), expected, rtol=0, atol=0)
 
 
 def test_half_precision_files_are_loaded_as_float32(tmp_path: Path) -> None:
