@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from stage2_transformer.interface import SequenceModel
-from stage2_transformer.sampling import SamplingParams, guide, sample_next, uniforms
+from stage2_transformer.sampling import SamplingParams, draw_next, guide, require_finite, uniforms
 from stage2_transformer.speculative import SpeculativeDecoder
+
+CHECK_EVERY = 16
+"""Codes after which a drawing asks whether all logits so far were finite: a GPU has to be waited for."""
 
 
 class Decoder(Protocol):
@@ -48,16 +51,25 @@ class PlainDecoder:
         self.codes = codes
         self.num_done = begin
         self.params = params
-        self.draws = uniforms(seeds, codes.shape[1])
+        self.draws = uniforms(seeds, codes.shape[1]).to(codes.device)
+        self.is_finite = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
         self.num_depths = num_depths
         self.rows = list(range(len(codes)))
 
     def accept(self, logits: Tensor) -> None:
-        """Draw the next code of each row, see `Decoder.accept`."""
+        """Draw the next code of each row, see `Decoder.accept`.
+
+        Raises:
+            FloatingPointError: if logits are not finite; up to CHECK_EVERY codes later, and not after the
+                last.
+        """
         n = self.num_done
-        u = self.draws[:, n]
-        self.codes[:, n] = sample_next(logits[:, -1], self.params, u, depth=n % self.num_depths)
+        codes, is_finite = draw_next(logits[:, -1], self.params, self.draws[:, n], depth=n % self.num_depths)
+        self.codes[:, n] = codes
+        self.is_finite &= is_finite
         self.num_done += 1
+        if self.num_done % CHECK_EVERY == 0 or self.num_done == self.codes.shape[1]:
+            require_finite(self.is_finite)
 
     def next_pass(self) -> tuple[Tensor, list[int], list[int]]:
         """The codes just drawn, see `Decoder.next_pass`."""

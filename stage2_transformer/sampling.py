@@ -115,16 +115,22 @@ def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -
         (B, V) float32, rows sum to 1. Exactly min(k, V) codes survive top-k, ties broken by whichever comes
         first in the sort. Of top-p the code that crosses p is kept, so at least one survives.
     """
-    logits = logits.float()
     if params.is_greedy:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-    logits = logits / params.temperature
-    top_k = params.top_k_at(depth)
+    probabilities, candidates = _filter(logits, params, depth)
+    if candidates is None:
+        return probabilities
+    return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, candidates, probabilities)
+
+
+def _filter(logits: Tensor, params: SamplingParams, depth: int) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (B, K) float32 and the codes they belong to, most likely first; None = all V in order."""
+    logits = logits.float() / params.temperature
+    size, top_k = logits.shape[-1], params.top_k_at(depth)
     top_p = params.top_p if params.top_p != 1 else None
-    if top_p is None and (top_k is None or top_k >= logits.shape[-1]):
-        return torch.softmax(logits, dim=-1)
-    size = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
-    kept, indices = logits.topk(size, dim=-1)  # sorted, most likely first
+    if top_p is None and (top_k is None or top_k >= size):
+        return torch.softmax(logits, dim=-1), None
+    kept, candidates = logits.topk(size if top_k is None else min(top_k, size), dim=-1)
     probabilities = torch.softmax(kept, dim=-1)
     if top_p is not None:
         # a code goes if those before it reach p; not cumsum - probabilities: where sums meet p, rounding must
@@ -132,7 +138,7 @@ def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -
         is_reached = probabilities.cumsum(dim=-1) >= top_p
         probabilities[:, 1:].masked_fill_(is_reached[:, :-1], 0.0)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(logits).scatter_(-1, indices, probabilities)
+    return probabilities, candidates
 
 
 def sample_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 0) -> Tensor:
@@ -150,15 +156,44 @@ def sample_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 
     Raises:
         FloatingPointError: if a row has no finite maximum or is not a number.
     """
-    check_finite(logits)
+    codes, is_finite = draw_next(logits, params, u, depth)
+    require_finite(is_finite)
+    return codes
+
+
+def draw_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 0) -> tuple[Tensor, Tensor]:
+    """`sample_next` that does not wait for a GPU: whether the codes mean something is left on the device.
+
+    Args:
+        logits: (B, V), guidance already applied.
+        params: temperature, top_k and top_p are used.
+        u: (B,) float64 uniform numbers in [0, 1).
+        depth: of the code, for a top_k per depth.
+
+    Returns:
+        (B,) int64 codes in [0, V), and (B,) bool, to be given to `require_finite` before they are used.
+    """
     if params.is_greedy:
-        return logits.argmax(dim=-1)
-    return draw_codes(code_probabilities(logits, params, depth), u)
+        largest, codes = logits.max(dim=-1)
+        return codes, largest.isfinite()
+    probabilities, candidates = _filter(logits, params, depth)
+    is_finite = probabilities[
+        :, 0
+    ].isfinite()  # a softmax has either no number that is not finite or no other
+    if candidates is None:
+        return draw_codes(probabilities, u), is_finite
+    candidates, order = candidates.sort(dim=-1)  # by code: all others would add nothing to the sums
+    place = draw_codes(probabilities.gather(-1, order), u)
+    return candidates.gather(-1, place.unsqueeze(-1)).squeeze(-1), is_finite
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise FloatingPointError if the maximum of some row of logits (..., V) is not a finite number."""
-    if not bool(torch.isfinite(logits.max(dim=-1).values).all()):
+def require_finite(is_finite: Tensor) -> None:
+    """Raise FloatingPointError if one of these is False; the only thing here that waits for a GPU.
+
+    Args:
+        is_finite: bool, any shape: whether the logits of a code had a finite maximum.
+    """
+    if not bool(is_finite.all()):
         raise FloatingPointError(
             "the model's logits are not finite: with --precision fp16 or bf16 try fp32, "
             "otherwise check the checkpoint"
@@ -175,6 +210,7 @@ def draw_codes(weights: Tensor, u: Tensor) -> Tensor:
     Returns:
         (B,) int64: the first code whose cumulative probability exceeds u.
     """
-    cumulative = weights.double().cumsum(dim=-1)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     threshold = u.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    return (cumulative <= threshold).sum(dim=-1)
+    codes = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return codes.clamp_max_(weights.shape[-1] - 1)  # where weights are not numbers

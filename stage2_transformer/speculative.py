@@ -22,7 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage2_transformer.sampling import SamplingParams, check_finite, code_probabilities, draw_codes, uniforms
+from stage2_transformer.sampling import (
+    SamplingParams,
+    code_probabilities,
+    draw_codes,
+    require_finite,
+    uniforms,
+)
 
 
 def correct_drafts(
@@ -112,7 +118,7 @@ class SpeculativeDecoder:
             FloatingPointError: if logits are not finite.
         """
         num_new, device = logits.shape[1], logits.device
-        check_finite(logits)
+        is_finite = logits.amax(dim=-1).isfinite()  # (R, n)
         rows = self._column(range(len(self.done)))
         places = torch.tensor(self.starts, device=device)[:, None] + torch.arange(num_new, device=device)
         slots = places % self.width  # (R, n)
@@ -128,6 +134,7 @@ class SpeculativeDecoder:
         self.drafts[rows, places] = codes
         self.old[rows, slots] = new
         self.num_tests[rows, places] += 1
+        require_finite(is_finite)  # here, where the numbers below have to be waited for anyway
         num_kept = is_kept.long().cumprod(dim=1).sum(dim=1).tolist()  # before the first that changed
         for row, start, kept in zip(self.rows, self.starts, num_kept, strict=True):
             self.done[row] = start + min(kept + 1, num_new)  # that one had the final codes before it, too

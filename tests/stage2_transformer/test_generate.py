@@ -261,6 +261,24 @@ def test_logits_that_are_not_finite_stop_the_loop(name: str) -> None:
         generate(model, draw_cond(MODELS[name], 1), SamplingParams(), seeds=[0])
 
 
+@pytest.mark.parametrize("first", [0, 3, 20, 47])
+def test_the_loop_asks_for_finite_logits_now_and_then(first: int) -> None:
+    """An answer waits for a GPU; a drawing of 16 x 16 codes need not get to its end without one."""
+    config = gpt("text", code_shape=(6, 8))
+    model, asked = build(config), list[int]()
+    decode = model.decode
+
+    def decode_badly(codes: Tensor, cache: Any, rows: Any = None) -> Tensor:
+        logits = decode(codes, cache, rows)
+        return logits * math.nan if min(cache.num_codes) >= first else logits
+
+    model.decode = decode_badly  # type: ignore[method-assign]
+    cond = draw_cond(config, 1)
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        generate(model, cond, SamplingParams(), seeds=[0], on_step=lambda n, _: asked.append(n))
+    assert first <= asked[-1] < min(first + 17, 48)
+
+
 ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
     "seeds must name at least one image, got none": ("gpt_text", {"seeds": []}),
     r"known codes must be \(2 or 1, at most 6\), got \(2, 7\)": ("gpt_text", {"known": torch.zeros(2, 7)}),

@@ -13,7 +13,7 @@ from oracle import sampling as oracle
 from torch import Tensor
 
 from stage2_transformer import SamplingParams, code_probabilities, image_seeds, sample_next
-from stage2_transformer.sampling import guide, uniforms
+from stage2_transformer.sampling import draw_next, guide, uniforms
 
 ALMOST_ONE = 1 - 2**-53  # the largest number `uniforms` can draw
 FILTERS: list[dict[str, Any]] = [
@@ -164,6 +164,25 @@ def test_logits_that_are_not_finite_are_refused(row: list[float], temperature: f
     logits = torch.tensor([[0.0, 1.0], row])
     with pytest.raises(FloatingPointError, match=r"logits are not finite: .* try fp32, otherwise check"):
         sample_next(logits, SamplingParams(temperature=temperature), torch.zeros(2).double())
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, *FILTERS])
+def test_logits_that_are_not_finite_give_codes_that_can_be_read(settings: dict[str, Any]) -> None:
+    """The loop finds out some codes later: until then a GPU must not be asked for row V of a table."""
+    rows = [[0.0, 1.0, 2.0], [math.nan, 1.0, 0.0], [math.inf, 1.0, 0.0], [-math.inf] * 3]
+    rows += [[-math.inf, 1.0, 0.0], [math.nan] * 3]
+    u = torch.full((len(rows),), ALMOST_ONE, dtype=torch.float64)
+    codes, is_finite = draw_next(torch.tensor(rows), SamplingParams(**settings), u)
+    assert is_finite.tolist() == [True, False, False, False, True, False]
+    assert 0 <= int(codes.min()) <= int(codes.max()) < 3
+
+
+@pytest.mark.parametrize("settings", FILTERS)
+def test_drawing_among_the_kept_codes_is_drawing_among_all(settings: dict[str, Any]) -> None:
+    params, logits, u = SamplingParams(**settings), draw_logits(500, 50, seed=5), uniforms([1], 500)[0]
+    cumulative = code_probabilities(logits, params).double().cumsum(dim=-1)
+    expected = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(dim=-1)
+    assert torch.equal(sample_next(logits, params, u), expected)
 
 
 def test_guidance() -> None:
