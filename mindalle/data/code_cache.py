@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -26,17 +27,21 @@ from torch import Tensor
 
 from checkpoint_io import CheckpointError, config_from_mapping
 from mindalle.hub import resolve_model
+from mindalle.parts import PLAN, Plan, short
 from mindalle.run import load_image_tokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 T = TypeVar("T")
 FORMAT = "mindalle-codes-2"
-PLAN, HEADER = "plan.json", "header.json"
+HEADER = "header.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachePlan:
-    """What all parts of a cache have in common: parts of different plans do not mix."""
+class CachePlan(Plan):
+    """What all parts of a cache have in common."""
+
+    contents: ClassVar[str] = "codes"
+    verb: ClassVar[str] = "encode"
 
     format: str = FORMAT
     tokenizer: str  # SHA-256 that identifies the image tokenizer
@@ -54,15 +59,6 @@ class CachePlan:
         object.__setattr__(self, "code_shape", tuple(self.code_shape))
         object.__setattr__(self, "classes", tuple(self.classes))
 
-    def differences(self, other: CachePlan) -> list[str]:
-        """What another plan has otherwise: "num_crops: 1 there, 4 wanted"."""
-        mine, theirs = asdict(self), asdict(other)
-        return [
-            f"{name}: {short(theirs[name])} there, {short(mine[name])} wanted"
-            for name in mine
-            if mine[name] != theirs[name]
-        ]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CacheHeader:
@@ -75,18 +71,21 @@ class CacheHeader:
     num_classes: int  # largest label + 1, at least the plan's; 0 if some picture has no label
 
 
-def short(value: Any) -> str:
-    """A value for a message, hashes cut."""
-    text = str(value)
-    return f"{text[:12]}..." if isinstance(value, str) and len(text) == 64 else text
-
-
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values of tensors, in hex; their order does not matter."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -108,11 +107,7 @@ def identified_tokenizer(name: str) -> tuple[QuantizedAutoencoder, str]:
     native = resolve_model(name) / "image_tokenizer.safetensors"
     if native.is_file():
         return tokenizer, file_hash(native)
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return tokenizer, digest.hexdigest()
+    return tokenizer, tensors_hash(tokenizer.state_dict())
 
 
 def read_plan(directory: Path) -> CachePlan:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mindalle.data.code_cache import (
     HEADER,
-    PLAN,
     CachePlan,
     CodeCache,
     identified_tokenizer,
@@ -26,6 +25,7 @@ from mindalle.data.samples import open_source
 from mindalle.data.stream import Batch, Stream, StreamLoader
 from mindalle.data.transforms import TransformConfig
 from mindalle.hub import resolve_text_tokenizer
+from mindalle.parts import PLAN
 from mindalle.run import load_image_tokenizer
 from mindalle.text import TextTokenizer
 from stage1_vqgan.quantize import ResidualQuantizer

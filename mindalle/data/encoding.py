@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from checkpoint_io import atomic_path, config_to_mapping
+from checkpoint_io import config_to_mapping
 from mindalle.data.code_cache import (
     HEADER,
-    PLAN,
     CacheHeader,
     CachePlan,
     identified_tokenizer,
@@ -33,6 +26,7 @@ from mindalle.data.code_cache import (
 )
 from mindalle.data.part_encoder import EncodingJob, PartEncoder
 from mindalle.download import exclusive
+from mindalle.parts import Count, begin, do_parts, write_json
 from mindalle.run import load_image_tokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
@@ -60,7 +54,7 @@ def encode_source(job: EncodingJob, *, num_processes: int = 1) -> CacheHeader:
     with exclusive(job.directory / ".lock"):
         tokenizer, tokenizer_hash = identified_tokenizer(job.image_tokenizer)
         plan = _plan(job, tokenizer, tokenizer_hash)
-        _begin(job.directory, plan)
+        begin(job.directory, plan, read_plan)
         if (job.directory / HEADER).is_file():
             return read_header(job.directory)
         _encode_parts(job, plan, tokenizer, num_processes)
@@ -87,25 +81,6 @@ def _plan(job: EncodingJob, tokenizer: QuantizedAutoencoder, tokenizer_hash: str
         num_parts=job.source.num_parts,
         classes=job.source.classes,
     )
-
-
-def _begin(directory: Path, plan: CachePlan) -> None:
-    """Make sure that the directory is this plan's, and free of what a killed process left."""
-    if (directory / PLAN).is_file():
-        differences = plan.differences(read_plan(directory))
-        if differences:
-            raise FileExistsError(
-                f"{directory} holds codes of another plan ({'; '.join(differences)}): "
-                "choose another directory, or remove this one to encode again"
-            )
-    elif others := sorted(path.name for path in directory.iterdir() if path.name[0] != "."):
-        raise FileExistsError(
-            f"{directory} is not empty and no code cache, it has {others[0]}: choose another"
-        )
-    else:
-        _write_json(directory / PLAN, plan)
-    for leftover in directory.glob(".*-*"):
-        leftover.unlink()
 
 
 def _finish(job: EncodingJob, plan: CachePlan) -> CacheHeader:
@@ -135,13 +110,8 @@ def _finish(job: EncodingJob, plan: CachePlan) -> CacheHeader:
         num_without_captions=num_without_captions,
         num_classes=0 if num_without_label else num_classes,
     )
-    _write_json(job.directory / HEADER, header)
+    write_json(job.directory / HEADER, header)
     return header
-
-
-def _write_json(path: Path, content: CachePlan | CacheHeader) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(asdict(content), indent=1), encoding="utf-8")
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -187,69 +157,25 @@ def _encode_parts(
     missing = [number for number in range(plan.num_parts) if not is_there[number]]
     if not missing:
         return
+    is_alone = min(num_processes, len(missing)) == 1
+    num_threads = None if is_alone else max(1, torch.get_num_threads() // num_processes)
+    start = partial(_start_encoder, job, tokenizer if is_alone else None, num_threads)
     report = _Report(job, finished=[number for number in range(plan.num_parts) if is_there[number]])
     with report.bar:
-        if num_processes > 1 and len(missing) > 1:
-            _encode_in_processes(job, missing, min(num_processes, len(missing)), report)
-        else:
-            encoder = PartEncoder(job, tokenizer, report.bar.update)
-            for number in missing:
-                report.finish(encoder.encode(number))
+        do_parts(
+            missing,
+            start,
+            num_processes=num_processes,
+            count=report.bar.update,
+            finish=report.finish,
+            verb=plan.verb,
+        )
 
 
-def _encode_in_processes(
-    job: EncodingJob, numbers: Sequence[int], num_processes: int, report: _Report
-) -> None:
-    context = get_context("spawn")  # torch's threads do not survive a fork
-    num_pictures, is_stopped = context.Value("q", 0), context.Event()
-    num_threads = max(1, torch.get_num_threads() // num_processes)
-    pool = ProcessPoolExecutor(
-        num_processes, context, _start_worker, (job, num_pictures, is_stopped, num_threads)
-    )
-    num_before = report.bar.n
-    try:
-        running = {pool.submit(_encode_in_worker, number) for number in numbers}
-        while running:
-            done, running = wait(running, timeout=0.5)
-            report.bar.update(num_before + num_pictures.value - report.bar.n)
-            for future in done:
-                report.finish(future.result())
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a process that encodes was killed, perhaps for want of memory: try fewer --num-processes or a "
-            "smaller --batch-size; what is finished is kept"
-        ) from error
-    finally:
-        is_stopped.set()  # the others finish their batch, not their part
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: PartEncoder  # of a process of the pool, which has no other place for it
-
-
-def _start_worker(job: EncodingJob, num_pictures: Any, is_stopped: Any, num_threads: int) -> None:
-    """Prepare a process of the pool: it ends when its parent stops or dies."""
-    global _worker
-    # Ctrl-C reaches the whole group, but it is the parent that says when to stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(num_threads)
-
-    def count() -> None:
-        if is_stopped.is_set():
-            raise InterruptedError
-        with num_pictures.get_lock():
-            num_pictures.value += 1
-
-    _worker = PartEncoder(job, load_image_tokenizer(job.image_tokenizer), count)
-
-
-def _encode_in_worker(number: int) -> int:
-    return _worker.encode(number)
+def _start_encoder(
+    job: EncodingJob, tokenizer: QuantizedAutoencoder | None, num_threads: int | None, count: Count
+) -> Callable[[int], object]:
+    """What encodes parts in this process; without a tokenizer it loads its own."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return PartEncoder(job, tokenizer or load_image_tokenizer(job.image_tokenizer), count).encode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from checkpoint_io import atomic_path
 from mindalle.data.code_cache import part_path
 from mindalle.data.samples import Source, Unreadable, seed_of
 from mindalle.data.transforms import TransformConfig, transform
+from mindalle.parts import Count
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 
@@ -55,24 +56,19 @@ class PartEncoder:
     Args:
         job: what to encode.
         tokenizer: the image tokenizer that the job names.
-        on_picture: called after each picture that was read, or could not be.
+        count: told of each picture that was read, or could not be.
     """
 
-    def __init__(
-        self, job: EncodingJob, tokenizer: QuantizedAutoencoder, on_picture: Callable[[], object]
-    ) -> None:
+    def __init__(self, job: EncodingJob, tokenizer: QuantizedAutoencoder, count: Count) -> None:
         self.job = job
         self.tokenizer = tokenizer.to(job.device)
-        self.on_picture = on_picture
+        self.count = count
 
-    def encode(self, number: int) -> int:
+    def encode(self, number: int) -> None:
         """Write a part, its codes last: a part with codes is whole.
 
         Args:
             number: of the part.
-
-        Returns:
-            The number.
         """
         pictures: list[dict[str, Any]] = []
         unreadable: list[dict[str, Any]] = []
@@ -91,7 +87,6 @@ class PartEncoder:
         if self.job.has_latents:
             self._write_array(number, ".latents.npy", latents)
         self._write_array(number, ".npy", codes)
-        return number
 
     def _crops(
         self, number: int, pictures: list[dict[str, Any]], unreadable: list[dict[str, Any]]
@@ -107,7 +102,7 @@ class PartEncoder:
                 for k in range(1, job.num_crops):
                     rng = random.Random(seed_of(job.seed, sample.key, k))
                     yield transform(sample.image, job.transform, rng)
-            self.on_picture()
+            self.count(1)
 
     @torch.inference_mode()
     def _encode_batch(self, images: Tensor) -> tuple[NDArray[np.uint16], NDArray[np.float16]]:

@@ -303,7 +303,7 @@ class TestGoingOn:
         job.directory.mkdir()
         (job.directory / "thesis.tex").touch()
         with pytest.raises(
-            FileExistsError, match=r"is not empty and no code cache, it has thesis.tex: choose"
+            FileExistsError, match=r"is not empty and holds no codes, it has thesis.tex: choose"
         ):
             encode_source(job)
 
