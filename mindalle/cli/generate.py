@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,18 @@ def build_parser(prog: str) -> Parser:
     add("--num-candidates", type=positive_int, metavar="N", help="to draw and choose from by CLIP")
     add("--complete", type=Path, metavar="IMAGE", help="keep the top of this picture, draw the rest")
     add("--keep-rows", type=positive_int, metavar="N", help="rows of codes to keep of --complete")
+    add_model_options(parser)
+    add = add_sampling_options(parser)
+    add("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
+    add("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
+    add = parser.add_argument_group("where to").add_argument
+    add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="nothing is overwritten (outputs)")
+    add("--preview", action="store_true", help="write the growing pictures to NAME-preview.png")
+    return parser
+
+
+def add_model_options(parser: Parser) -> None:
+    """Which model draws, and which CLIP ranks; see `load_pipeline`."""
     add = parser.add_argument_group("with which model").add_argument
     add("--model", default="emoji", help="bundled name, checkpoint path, release or hub id (emoji)")
     add("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
@@ -63,7 +75,12 @@ def build_parser(prog: str) -> Parser:
         default="auto",
         help="of the transformer; auto: by device and size (auto)",
     )
-    add = parser.add_argument_group("how to sample (defaults come from the checkpoint)").add_argument
+
+
+def add_sampling_options(parser: Parser) -> Callable[..., object]:
+    """How codes are drawn; see `sampling_params`. Returns what adds an option to this group."""
+    group = parser.add_argument_group("how to sample (defaults come from the checkpoint)")
+    add = group.add_argument
     add("--temperature", type=float, metavar="T", help="0 = greedy")
     add("--top-k", type=int, nargs="+", metavar="K", help="keep the K likeliest codes; RQ: one per depth")
     add("--top-p", type=float, metavar="P", help="keep codes with this much probability, in (0, 1]")
@@ -76,12 +93,7 @@ def build_parser(prog: str) -> Parser:
         metavar="W",
         help="guess and test W codes at a time (8): fewer passes, as good pictures, but others",
     )
-    add("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
-    add("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
-    add = parser.add_argument_group("where to").add_argument
-    add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="nothing is overwritten (outputs)")
-    add("--preview", action="store_true", help="write the growing pictures to NAME-preview.png")
-    return parser
+    return add
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "generate.py") -> int:
@@ -94,9 +106,9 @@ def generate_pictures(args: argparse.Namespace) -> None:
     prompts = wanted_prompts(args)
     _check_options(args)
     check_writable(args.out, "--out")  # what is wrong shows before the model loads, if it can
-    pipe = _load(args)
+    pipe = load_pipeline(args)
     _check_conditions(pipe, prompts)
-    params = _sampling_params(args, pipe)
+    params = sampling_params(args, pipe)
     known = _known(pipe, args)
     _say_what_is_unused(pipe, args)
     seed = args.seed if args.seed is not None else secrets.randbelow(1 << 32)
@@ -123,12 +135,12 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--num-candidates must be at least --num-images = {args.num_images}, got {args.num_candidates}"
         )
-    _sampling_params(args)
+    sampling_params(args)
     if args.complete is not None and not args.complete.is_file():
         raise FileNotFoundError(f"no image at {args.complete}")
 
 
-def _sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> SamplingParams:
+def sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> SamplingParams:
     """The checkpoint's defaults (before it is loaded: plain ones), except for what the user says."""
     from stage2_transformer.sampling import SamplingParams
 
@@ -156,7 +168,8 @@ def _sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> 
     return params
 
 
-def _load(args: argparse.Namespace) -> Pipeline:
+def load_pipeline(args: argparse.Namespace) -> Pipeline:
+    """The model that the options name, ready to draw."""
     check_device(args.device)
     from mindalle.pipeline import Pipeline
 

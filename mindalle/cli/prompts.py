@@ -24,7 +24,7 @@ def wanted_prompts(args: argparse.Namespace) -> list[str | int | None]:
     """
     prompts: list[str | int | None] = [*args.prompt, *args.class_label]
     if args.prompts_file is not None:
-        prompts += _read_prompts(args.prompts_file)
+        prompts += read_prompts(args.prompts_file)
     for prompt in prompts:
         if isinstance(prompt, str) and not prompt.strip():
             raise UsageError("--prompt is empty: say what to draw")
@@ -37,7 +37,13 @@ def wanted_prompts(args: argparse.Namespace) -> list[str | int | None]:
     return prompts or [None]
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no UTF-8 text or has no prompt.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no prompts file at {path}: expected a text file with a prompt per line")
     content = path.read_bytes()
