@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def build_parser(prog: str) -> Parser:
     add("--complete", type=Path, metavar="IMAGE", help="keep the top of this picture, draw the rest")
     add("--keep-rows", type=positive_int, metavar="N", help="rows of codes to keep of --complete")
     add_model_options(parser)
-    add = add_sampling_options(parser)
+    add = add_sampling_options(parser).add_argument
     add("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
     add("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
     add = parser.add_argument_group("where to").add_argument
@@ -77,8 +77,8 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
-def add_sampling_options(parser: Parser) -> Callable[..., object]:
-    """How codes are drawn; see `sampling_params`. Returns what adds an option to this group."""
+def add_sampling_options(parser: Parser) -> argparse._ArgumentGroup:
+    """How codes are drawn, see `sampling_params`; the group takes further options."""
     group = parser.add_argument_group("how to sample (defaults come from the checkpoint)")
     add = group.add_argument
     add("--temperature", type=float, metavar="T", help="0 = greedy")
@@ -93,7 +93,7 @@ def add_sampling_options(parser: Parser) -> Callable[..., object]:
         metavar="W",
         help="guess and test W codes at a time (8): fewer passes, as good pictures, but others",
     )
-    return add
+    return group
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "generate.py") -> int:
