@@ -313,6 +313,8 @@ class RQTransformer(nn.Module):
             return self.classifier(normed)  # type: ignore[no-any-return]
         if len(depths) == 1:
             return self._classify_depth(normed, depths[0])
+        if list(depths) == list(range(self.config.depth)):  # in training: nothing is scattered
+            return torch.stack([self._classify_depth(normed[:, depth], depth) for depth in depths], dim=1)
         logits = normed.new_empty(*normed.shape[:2], self.vocab_size)
         for depth in set(depths):  # not one gathered weight (C, V) per entry: a known half image has hundreds
             entries = [i for i, entry_depth in enumerate(depths) if entry_depth == depth]
@@ -322,7 +324,9 @@ class RQTransformer(nn.Module):
     def _classify_depth(self, normed: Tensor, depth: int) -> Tensor:
         """(B, n, C), all of one depth -> (B, n, V), -inf beyond its codebook."""
         logits: Tensor = self.classifier(normed, depth)
-        logits[..., self.config.codebook_sizes[depth] :] = -math.inf
+        size = self.config.codebook_sizes[depth]
+        if size < self.vocab_size:  # writing to nothing, too, would cost the backward pass a copy
+            logits[..., size:] = -math.inf
         return logits
 
 
