@@ -8,6 +8,7 @@ from importlib import import_module, metadata
 
 COMMANDS = {
     "generate": ("mindalle.cli.generate", "draw pictures from a prompt or a class"),
+    "generate-set": ("mindalle.cli.generate_set", "many pictures of prompts or classes, to evaluate"),
     "reconstruct": ("mindalle.cli.reconstruct", "pictures through an image tokenizer and back"),
     "convert": ("mindalle.cli.convert", "any known checkpoint to a native one"),
     "train": ("mindalle.cli.train", "train a model with Lightning"),
