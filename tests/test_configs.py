@@ -140,13 +140,25 @@ def build(folder: str) -> Any:
         if arguments.get("condition") is not None:
             arguments.config.condition = arguments.pop("condition")
         arguments.pretrained = None
+        if "decoder_only" in arguments:
+            arguments.decoder_only = False  # there is no decoder to keep codes for
     with nullcontext() if is_bundled else torch.device("meta"):
         return parser().instantiate_classes(config)
 
 
+@cache
+def exported() -> dict[str, str]:
+    """Native checkpoint that a command in a comment writes -> the run it is of."""
+    exports = [parse_command("export", arguments) for arguments in all_commands("export")]
+    return {str(args.destination): str(args.run) for args in exports}
+
+
 def pretrained_config(pretrained: str) -> Namespace:
     """The config of a model that a recipe starts from."""
-    source = settings(RELEASED[pretrained]["model"]) if pretrained in RELEASES else runs()[pretrained]
+    if pretrained in RELEASES:
+        source = settings(RELEASED[pretrained]["model"])
+    else:
+        source = runs()[exported().get(pretrained, pretrained)]
     found: Namespace = source.model.init_args.config.clone()
     return found
 
@@ -165,7 +177,7 @@ def find_image_tokenizer(name: str) -> VQGAN | RQVAE:
     elif name in RELEASES:
         tokenizer = built(RELEASED[name]["image_tokenizer"]).model.model
     else:
-        tokenizer = build(name).model.model
+        tokenizer = build(exported().get(name, name)).model.model
     assert isinstance(tokenizer, (VQGAN, RQVAE))
     return tokenizer
 

@@ -29,9 +29,11 @@ class TokenizerTraining(Training):
         loss: terms and weights; None = L1 + LPIPS + PatchGAN.
         codebook: how codebooks learn; None = by gradient, from the quantizer's codebook loss.
         is_pretrained: whether the codebooks are good already, and are not to start from the first batch.
+        decoder_only: train nothing but the decoder, so that pictures keep their codes: sequence models and
+            code caches made for the pretrained tokenizer go on to fit.
 
     Raises:
-        ValueError: if the pictures are too small for the discriminator.
+        ValueError: if the pictures are too small for the discriminator, or there are no codes to keep.
     """
 
     model: QuantizedAutoencoder
@@ -44,9 +46,18 @@ class TokenizerTraining(Training):
         codebook: CodebookTrainingConfig | None,
         *,
         is_pretrained: bool = False,
+        decoder_only: bool = False,
     ) -> None:
         super().__init__(optimizer or OptimizerConfig(betas=(0.5, 0.9)))
         self.model = model
+        if decoder_only:
+            if not is_pretrained:
+                raise ValueError(
+                    "decoder_only keeps the codes of a pretrained tokenizer: name it as pretrained"
+                )
+            for part in (model.encoder, model.quant_conv, model.quantizer):
+                part.requires_grad_(False)
+            codebook = None
         self.is_pretrained = is_pretrained
         self.loss = TokenizerLoss(loss or TokenizerLossConfig())
         _check_size(model, self.loss)
@@ -147,6 +158,7 @@ class VQGANTraining(TokenizerTraining):
         loss: see `TokenizerTraining`.
         codebook: see `TokenizerTraining`.
         pretrained: tokenizer to start from: training run, bundled name, path or release.
+        decoder_only: see `TokenizerTraining`.
 
     Raises:
         ValueError: if there is neither config nor pretrained tokenizer, or the two differ.
@@ -161,9 +173,12 @@ class VQGANTraining(TokenizerTraining):
         loss: TokenizerLossConfig | None = None,
         codebook: CodebookTrainingConfig | None = None,
         pretrained: str | None = None,
+        decoder_only: bool = False,
     ) -> None:
         model = _build(VQGAN, config, pretrained)
-        super().__init__(model, optimizer, loss, codebook, is_pretrained=pretrained is not None)
+        super().__init__(
+            model, optimizer, loss, codebook, is_pretrained=pretrained is not None, decoder_only=decoder_only
+        )
 
 
 class RQVAETraining(TokenizerTraining):
@@ -175,6 +190,7 @@ class RQVAETraining(TokenizerTraining):
         loss: see `TokenizerTraining`.
         codebook: of the moving averages.
         pretrained: tokenizer to start from: training run, bundled name, path or release.
+        decoder_only: see `TokenizerTraining`.
 
     Raises:
         ValueError: if there is neither config nor pretrained tokenizer, or the two differ.
@@ -189,10 +205,13 @@ class RQVAETraining(TokenizerTraining):
         loss: TokenizerLossConfig | None = None,
         codebook: CodebookTrainingConfig | None = None,
         pretrained: str | None = None,
+        decoder_only: bool = False,
     ) -> None:
         codebook = codebook or CodebookTrainingConfig()
         model = _build(RQVAE, config, pretrained)
-        super().__init__(model, optimizer, loss, codebook, is_pretrained=pretrained is not None)
+        super().__init__(
+            model, optimizer, loss, codebook, is_pretrained=pretrained is not None, decoder_only=decoder_only
+        )
 
 
 def _check_size(model: QuantizedAutoencoder, loss: TokenizerLoss) -> None:

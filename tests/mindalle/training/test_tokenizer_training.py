@@ -244,6 +244,23 @@ class TestPretrained:
         assert not torch.equal(after, before)
         assert float((after - before).detach().norm()) < 0.1 * float(before.detach().norm())
 
+    @pytest.mark.parametrize("kind", ["vqgan", "rqvae"])
+    def test_the_decoder_alone(self, tmp_path: Path, tiny_vqgan: VQGAN, tiny_rqvae: RQVAE, kind: str) -> None:
+        """Reconstructions get better, codes stay: a code cache and a sequence model go on to fit."""
+        model = tiny_vqgan if kind == "vqgan" else tiny_rqvae
+        save_checkpoint(tmp_path / "native", image_tokenizer=model)
+        cls = VQGANTraining if kind == "vqgan" else RQVAETraining
+        module = cls(optimizer=FAST, loss=losses(), pretrained=str(tmp_path / "native"), decoder_only=True)
+        _, metrics = fit(module, [PICTURES], max_steps=12)
+        assert metrics[-1]["train/l1"] < 0.9 * metrics[0]["train/l1"]
+        before, after = copy_state(model), copy_state(module.model)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {name for name in before if name.startswith(("decoder.", "post_quant_conv."))}
+
+    def test_the_decoder_alone_of_nothing(self) -> None:
+        with pytest.raises(ValueError, match="decoder_only keeps the codes of a pretrained tokenizer: name"):
+            RQVAETraining(RQVAE_CONFIG, loss=losses(), decoder_only=True)
+
     def test_another_kind(self, saved: str) -> None:
         with pytest.raises(ValueError, match="native has a RQVAE, expected a VQGAN"):
             VQGANTraining(loss=losses(), pretrained=saved)
