@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mindalle.pipeline import Generation, Pipeline, Preview
+    from mindalle.pipeline import Generation, Pipeline
+    from mindalle.preview import Preview
     from mindalle.rerank import ClipReranker
     from mindalle.text import TextTokenizer
     from stage2_transformer.sampling import SamplingParams
@@ -14,7 +15,7 @@ _HOMES = {
     "ClipReranker": "mindalle.rerank",
     "Generation": "mindalle.pipeline",
     "Pipeline": "mindalle.pipeline",
-    "Preview": "mindalle.pipeline",
+    "Preview": "mindalle.preview",
     "SamplingParams": "stage2_transformer.sampling",
     "TextTokenizer": "mindalle.text",
 }

@@ -14,6 +14,8 @@ from torch import Tensor
 from mindalle.checkpoint import SamplingDefaults, load_checkpoint
 from mindalle.hub import resolve_model
 from mindalle.image import fit, to_pil, to_tensor
+from mindalle.memory import candidates_at_once, decode_in_parts
+from mindalle.preview import Preview
 from mindalle.rerank import ClipReranker
 from mindalle.text import TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
@@ -31,31 +33,6 @@ class Generation:
     scores: list[float] | None  # cosine similarity of picture and prompt in [-1, 1]; None = not reranked
     codes: Tensor  # int64 (len(images), *code_shape)
     indices: list[int]  # which candidate each picture is: the i that, with the seed, it depends on
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preview:
-    """A picture in the making."""
-
-    num_done: int  # codes drawn
-    num_codes: int  # codes in all
-    codes: Tensor  # int64 (B, *code_shape), zeros where not yet drawn
-    image_tokenizer: QuantizedAutoencoder
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The pictures so far, white where nothing is drawn yet."""
-        shape = self.image_tokenizer.code_shape
-        depth = shape[2] if len(shape) == 3 else 1
-        with torch.inference_mode():
-            images = self.image_tokenizer.decode(self.codes)  # (B, 3, H, W)
-        is_done = torch.arange(shape[0] * shape[1], device=images.device) < self.num_done // depth
-        cell = (images.shape[2] // shape[0], images.shape[3] // shape[1])
-        # (h * w,) -> (H, W): every code position covers one cell of pixels
-        is_drawn = (
-            is_done.view(shape[0], shape[1]).repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1)
-        )
-        return to_pil(torch.where(is_drawn, images, 1.0))
 
 
 class Pipeline:
@@ -141,7 +118,7 @@ class Pipeline:
         num_candidates: int | None = None,
         params: SamplingParams | None = None,
         seed: int = 0,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         known: Tensor | None = None,
         on_step: Callable[[Preview], None] | None = None,
     ) -> Generation:
@@ -154,7 +131,8 @@ class Pipeline:
                 Without a reranker no more than `num_images` are drawn.
             params: how to sample; None = the checkpoint's defaults.
             seed: candidate i depends on the model, the prompt, `params`, this seed and i alone.
-            batch_size: candidates drawn at once, >= 1; changes memory and speed, not the pictures.
+            batch_size: candidates drawn at once, >= 1; changes memory and speed, not the pictures. None = up
+                to 16, fewer of a large model, see `mindalle.memory`.
             known: (1, n) codes that every picture begins with, see `known_codes`.
             on_step: called with a preview after each code of each batch.
 
@@ -164,24 +142,25 @@ class Pipeline:
         Raises:
             ValueError: if the model has no such condition, or a number is out of range.
         """
-        if num_images < 1 or batch_size < 1:
+        if num_images < 1 or (batch_size is not None and batch_size < 1):
             raise ValueError(
                 f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
             )
+        model, params = self._require_model(), params or self.sampling.params
         wanted = self.count_candidates(prompt, num_images, num_candidates)
         if num_candidates is not None and wanted < num_candidates:
             logger.warning("nothing to rank with: %d candidates are drawn, not %d", wanted, num_candidates)
         cond = self.encode_condition(prompt)  # once: it warns of words that are lost
-        batches = []
-        for first in range(0, wanted, batch_size):
+        batches, size = [], batch_size or candidates_at_once(model, wanted, params)
+        for first in range(0, wanted, size):
             last: Preview | None = None
-            seeds = image_seeds(seed, min(batch_size, wanted - first), first)
+            seeds = image_seeds(seed, min(size, wanted - first), first)
             for last in self._stream(cond, seeds, params, known):
                 if on_step is not None:
                     on_step(last)
             assert last is not None
             batches.append(last.codes)
-        return self.choose(torch.cat(batches), prompt, num_images, batch_size=batch_size)
+        return self.choose(torch.cat(batches), prompt, num_images)
 
     def count_candidates(
         self, prompt: str | int | None, num_images: int, num_candidates: int | None = None
@@ -196,25 +175,22 @@ class Pipeline:
             raise ValueError(f"num_candidates must be at least num_images = {num_images}, got {wanted}")
         return wanted if self.reranker is not None and isinstance(prompt, str) else num_images
 
-    def choose(
-        self, codes: Tensor, prompt: str | int | None, num_images: int, *, batch_size: int = 16
-    ) -> Generation:
+    def choose(self, codes: Tensor, prompt: str | int | None, num_images: int) -> Generation:
         """Decode candidates and keep the best; without a reranker or a prompt the first.
 
         Args:
             codes: int64 (B, *code_shape) of candidates 0 to B - 1.
             prompt: they were drawn for.
             num_images: to keep, at most B.
-            batch_size: pictures decoded at once.
 
         Returns:
             The pictures.
         """
         if self.reranker is None or not isinstance(prompt, str):
             codes = codes[:num_images]
-            images = self.decode(codes, batch_size=batch_size)
+            images = self.decode(codes)
             return Generation(images=images, scores=None, codes=codes, indices=list(range(len(codes))))
-        images = self.decode(codes, batch_size=batch_size)
+        images = self.decode(codes)
         scores = self.reranker.score(images, prompt)
         order = scores.argsort(descending=True, stable=True)[:num_images].tolist()
         return Generation(
@@ -325,14 +301,10 @@ class Pipeline:
         with torch.inference_mode():
             return self.image_tokenizer.encode(pixels)[:, :keep_rows].flatten(1)  # (1, rows, ...) -> (1, n)
 
-    def decode(self, codes: Tensor, *, batch_size: int = 16) -> list[Image.Image]:
-        """Codes (B, *code_shape) to PIL images, `batch_size` at a time."""
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Codes (B, *code_shape) to PIL images."""
         with torch.inference_mode():
-            return [
-                image
-                for chunk in torch.split(codes, batch_size)
-                for image in to_pil(self.image_tokenizer.decode(chunk))
-            ]
+            return to_pil(decode_in_parts(self.image_tokenizer, codes))
 
     def _require_model(self) -> GPT | RQTransformer:
         if self.model is None:

@@ -99,10 +99,19 @@ class GPT(nn.Module):
         """The condition that says nothing, see `Condition.null`."""
         return self.condition.null(cond)
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache of one image takes."""
+        return self.transformer.cache_bytes(self._capacity)
+
+    @property
+    def _capacity(self) -> int:
+        """Entries of the condition and of all codes but the last, which nothing follows."""
+        return self.config.condition.length + self.config.num_codes - 1
+
     def make_cache(self, batch_size: int) -> KVCache:
-        """An empty cache with room for the condition and all codes but the last, which nothing follows."""
-        capacity = self.config.condition.length + self.config.num_codes - 1
-        return self.transformer.make_cache(batch_size, capacity)
+        """An empty cache with room for whole images."""
+        return self.transformer.make_cache(batch_size, self._capacity)
 
     def prefill(self, cond: Tensor | None, cache: KVCache, rows: Sequence[int] | None = None) -> Tensor:
         """Read the condition, see `SequenceModel.prefill`.

@@ -139,6 +139,11 @@ class Transformer(nn.Module):
         self.recomputes_blocks = False
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
+    def cache_bytes(self, capacity: int) -> int:
+        """The size of a row of a cache of so many entries, in bytes."""
+        numbers = 2 * self.config.num_layers * capacity * self.config.width
+        return numbers * next(self.parameters()).element_size()
+
     def make_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for this stack: `batch_size` rows of up to `capacity` entries."""
         return KVCache(

@@ -199,11 +199,21 @@ class RQTransformer(nn.Module):
         """The condition that says nothing, see `Condition.null`."""
         return self.condition.null(cond)
 
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache of one image takes."""
+        return self.body.cache_bytes(self._body_capacity) + self.head.cache_bytes(math.prod(self.code_shape))
+
+    @property
+    def _body_capacity(self) -> int:
+        """Entries of the condition and of all positions but the last, which nothing follows."""
+        return self.config.condition.length + self.config.num_positions - 1
+
     def make_cache(self, batch_size: int) -> RQCache:
         """An empty cache with room for the condition and all codes."""
-        positions, total = self.config.num_positions, math.prod(self.code_shape)
+        total = math.prod(self.code_shape)
         return RQCache(
-            self.body.make_cache(batch_size, self.config.condition.length + positions - 1),
+            self.body.make_cache(batch_size, self._body_capacity),
             self.head.make_cache(batch_size, total),
             torch.zeros(batch_size, total, dtype=torch.int64, device=self.position_embedding.device),
             self.config.depth,

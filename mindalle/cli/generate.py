@@ -53,7 +53,12 @@ def build_parser(prog: str) -> Parser:
     add_model_options(parser)
     add = add_sampling_options(parser).add_argument
     add("--seed", type=int, metavar="N", help="repeats a picture; without it one is drawn and printed")
-    add("--batch-size", type=positive_int, default=16, metavar="N", help="pictures drawn at once (16)")
+    add(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="pictures drawn at once (up to 16, fewer of a large model)",
+    )
     add = parser.add_argument_group("where to").add_argument
     add("--out", type=Path, default=Path("outputs"), metavar="DIR", help="nothing is overwritten (outputs)")
     add("--preview", action="store_true", help="write the growing pictures to NAME-preview.png")

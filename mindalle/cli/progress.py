@@ -14,7 +14,7 @@ from mindalle.image import contact_sheet
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mindalle.pipeline import Preview
+    from mindalle.preview import Preview
 
 LOG_SECONDS = 15.0  # between two states of the bar where it is no terminal that shows them
 

@@ -16,7 +16,8 @@ from mindalle.cli import generate as generate_command
 from mindalle.cli import progress
 from mindalle.hub import bundled_models
 from mindalle.image import contact_sheet, fit, open_image, to_tensor
-from mindalle.pipeline import Generation, Pipeline, Preview
+from mindalle.pipeline import Generation, Pipeline
+from mindalle.preview import Preview
 
 PROMPT = ("--prompt", "a red apple")
 
