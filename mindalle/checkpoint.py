@@ -25,8 +25,10 @@ from mindalle.clip import NativeClip
 from mindalle.text import BPE16K_FILES, TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, tokenizer_from_part
+from stage1_vqgan.precision import decode_in_, pixel_dtype
 from stage2_transformer import GPT, STAGE2, RQTransformer, SamplingParams
 from stage2_transformer.checkpoint import model_from_part
+from stage2_transformer.precision import precision_of
 
 logger = logging.getLogger(__name__)
 FORMAT = "mindalle-1"
@@ -70,8 +72,9 @@ def load_checkpoint(
         path: a directory or `.ckpt` file of any known layout, see `checkpoint_io.find_parts`.
         text_tokenizer: where the text tokenizer is, if not with the checkpoint.
         use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
-        precision: of the sequence model, see `stage2_transformer.choose_precision`; the rest is in float32.
-        device: where the sequence model will compute.
+        precision: of the sequence model, see `stage2_transformer.choose_precision`; pictures are decoded in
+            what fits it, see `stage1_vqgan.precision.pixel_dtype`, and the rest is in float32.
+        device: where the models will compute.
 
     Returns:
         The parts.
@@ -110,6 +113,7 @@ def load_checkpoint(
             precision=precision,
             device=device,
         )
+        decode_in_(image_tokenizer, pixel_dtype(precision_of(checkpoint.model), device))
         if checkpoint.model.config.condition.kind == "text":
             checkpoint.text_tokenizer = _find_text_tokenizer(path, checkpoint.model, text_tokenizer)
     if text_tokenizer is not None and checkpoint.text_tokenizer is None:

@@ -78,7 +78,8 @@ class Pipeline:
                 ("minDALL-E/1.3B", "rq-vae/cc3m", ...), or a Hugging Face hub id.
             device: where the models compute.
             precision: "fp32", "bf16", "fp16", "int8" (CPU only, and not exact) or "auto", which chooses by
-                device and size; of the sequence model.
+                device and size; of the sequence model. With bf16 and int8 pictures are decoded in bf16 where
+                that is quick, which moves pixels by about a third of one of 255 levels.
             clip: the CLIP to rerank with, see `ClipReranker.from_pretrained`; None = the checkpoint's own,
                 if any.
             text_tokenizer: file or directory, where it is not with the checkpoint.

@@ -52,8 +52,9 @@ class QuantizedAutoencoder(nn.Module):
         return self.quant_conv(self.encoder(images))  # type: ignore[no-any-return]
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Quantised latents (B, C, h, w) -> images (B, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(latents))  # type: ignore[no-any-return]
+        """Quantised latents (B, C, h, w) -> images (B, 3, H, W), not clamped, of the latents' type."""
+        inner = latents.to(self.post_quant_conv.weight.dtype)  # see `decode_in_`
+        return self.decoder(self.post_quant_conv(inner)).to(latents.dtype)  # type: ignore[no-any-return]
 
     def encode(self, images: Tensor) -> Tensor:
         """Compress images to codes.

@@ -19,6 +19,7 @@ from stage1_vqgan import (
     VQGANConfig,
 )
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
+from stage1_vqgan.precision import decode_in_, pixel_dtype
 from stage2_transformer import (
     GPT,
     ConditionConfig,
@@ -115,7 +116,8 @@ def build_random(
 
     Args:
         shape: what to build.
-        precision: of the sequence model, one of `stage2_transformer.PRECISIONS`.
+        precision: of the sequence model, one of `stage2_transformer.PRECISIONS`; pictures are decoded in what
+            fits it.
         device: where both compute.
         num_layers: of the sequence model; None = all.
 
@@ -136,6 +138,7 @@ def build_random(
             else RQTransformer(config, tokenizer.codebook().detach())
         )
     chosen = choose_precision(precision, device, sum(p.numel() for p in model.parameters()))
+    decode_in_(tokenizer, pixel_dtype(chosen, device))
     if chosen == "int8":
         quantize_(model)
     return tokenizer.eval().to(device), model.eval().to(device, DTYPES.get(chosen))
@@ -148,7 +151,8 @@ def load_stages(
 
     Args:
         name: as of `Pipeline.from_pretrained`.
-        precision: of the sequence model, one of `stage2_transformer.PRECISIONS`.
+        precision: of the sequence model, one of `stage2_transformer.PRECISIONS`; pictures are decoded in what
+            fits it.
         device: where both compute.
 
     Returns:

@@ -23,6 +23,7 @@ from mindalle.pipeline import Pipeline
 from mindalle.rerank import ClipReranker
 from mindalle.text import TextTokenizer
 from stage1_vqgan import RQVAE, VQGAN
+from stage1_vqgan.precision import has_bfloat16
 from stage2_transformer import (
     GPT,
     ConditionConfig,
@@ -449,11 +450,14 @@ class TestFromPretrained:
         assert not model_of(pipe).training
 
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-    def test_precision_is_the_sequence_models(self, native: Path, precision: str) -> None:
+    def test_precision_is_the_sequence_models_and_pixels_follow(self, native: Path, precision: str) -> None:
         pipe = Pipeline.from_pretrained(str(native), precision=precision)
         dtypes = {parameter.dtype for parameter in model_of(pipe).parameters()}
         assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
-        assert {parameter.dtype for parameter in pipe.image_tokenizer.parameters()} == {torch.float32}
+        tokenizer = pipe.image_tokenizer
+        assert {parameter.dtype for parameter in tokenizer.encoder.parameters()} == {torch.float32}
+        pixels = {parameter.dtype for parameter in tokenizer.decoder.parameters()}
+        assert pixels == {torch.bfloat16 if precision == "bf16" and has_bfloat16("cpu") else torch.float32}
         assert len(pipe(PROMPT).images) == 1
 
     @pytest.mark.skipif(not has_int8(), reason="no FBGEMM on this machine")

@@ -1,0 +1,41 @@
+"""Which number format an image tokenizer decodes in; it encodes in float32, since codes must not change."""
+
+from __future__ import annotations
+
+import torch
+
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
+
+
+def pixel_dtype(precision: str, device: str | torch.device) -> torch.dtype:
+    """The type that pictures are decoded in beside a sequence model that is not exact.
+
+    Args:
+        precision: of the sequence model: "fp32", "bf16", "fp16" or "int8".
+        device: where both compute.
+
+    Returns:
+        bfloat16 with "bf16" and "int8", where the processor has instructions for it: twice as fast on a CPU.
+        Otherwise float32; float16 has too little range for these activations.
+    """
+    return torch.bfloat16 if precision in ("bf16", "int8") and has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 as such, and does not only imitate it."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return kind == "cpu" and bool(has_instructions)
+
+
+def decode_in_(tokenizer: QuantizedAutoencoder, dtype: torch.dtype) -> None:
+    """Have a tokenizer decode in another type.
+
+    Args:
+        tokenizer: changed in place: the decoder's weights are rounded. What it encodes stays the same.
+        dtype: bfloat16 gives pixels that are off by about a third of one of 255 levels (56 dB).
+    """
+    tokenizer.post_quant_conv.to(dtype)
+    tokenizer.decoder.to(dtype)
