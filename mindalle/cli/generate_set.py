@@ -56,7 +56,8 @@ def build_parser(prog: str) -> Parser:
     add_model_options(parser)
     add = add_sampling_options(parser).add_argument
     add("--seed", type=int, default=0, metavar="N", help="of the set (0)")
-    add("--batch-size", type=positive_int, default=32, metavar="N", help="of pictures of any prompts (32)")
+    help_ = "pictures drawn at once, of any prompts (up to 16, fewer of large models)"
+    add("--batch-size", type=positive_int, metavar="N", help=help_)
     add = parser.add_argument_group("how to share the work").add_argument
     add("--num-processes", type=positive_int, default=1, metavar="P", help="that share the parts (1)")
     add("--num-threads", type=positive_int, default=1, metavar="N", help="of each process, on a CPU (1)")
@@ -81,6 +82,7 @@ def generate_set(args: argparse.Namespace) -> None:
     names = tuple(read_prompts(args.class_names)) if args.class_names is not None else ()
     pipe: Pipeline | None = load_pipeline(args)
     assert pipe is not None
+    _check_kind(args, pipe)
     from checkpoint_io import CheckpointError
     from mindalle.generation import draw_set, plan_set
 
@@ -129,6 +131,19 @@ def _check_options(args: argparse.Namespace) -> None:
     sampling_params(args)
 
 
+def _check_kind(args: argparse.Namespace, pipe: Pipeline) -> None:
+    """What is to be drawn must be what the model draws."""
+    if pipe.model is None:
+        pipe.encode_condition(None)  # says so
+    options = {"text": "PROMPTS", "class": "--classes LIST", "none": "--unconditional N"}
+    given = "text" if args.prompts is not None else "class" if args.classes is not None else "none"
+    assert pipe.model is not None
+    wanted = pipe.model.config.condition.kind
+    if given != wanted:
+        what = {"text": "draws from text", "class": "draws classes", "none": "is unconditional"}[wanted]
+        raise UsageError(f"this model {what}: say what by {options[wanted]}, not by {options[given]}")
+
+
 def _prompts(args: argparse.Namespace) -> list[str]:
     """The lines of a text file, or the captions of a source of pictures."""
     if Path(args.prompts).is_file() and not args.prompts.lower().endswith(CAPTION_SUFFIXES):
@@ -149,10 +164,8 @@ def _without_prompts(args: argparse.Namespace, pipe: Pipeline) -> Sequence[Condi
     if args.unconditional is not None:
         return [None] * args.unconditional
     if args.classes == "all":
-        condition = pipe.model.config.condition if pipe.model is not None else None
-        if condition is None or condition.kind != "class":
-            raise UsageError("--classes is for a model of classes, and this one draws none")
-        return range(condition.vocab_size)
+        assert pipe.model is not None
+        return range(pipe.model.config.condition.vocab_size)
     labels: list[int] = []
     for part in args.classes.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)

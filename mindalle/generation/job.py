@@ -46,14 +46,17 @@ class SetJob:
     class_names: tuple[str, ...] = ()  # of all classes, for the classifier "clip"
     file_format: str = "folder"  # of FORMATS
     part_size: int = 256  # conditions of a part, >= 1: what a process that is killed may have drawn in vain
-    batch_size: int = 32  # pictures drawn at once, >= 1; of any number of conditions
+    batch_size: int | None = (
+        None  # pictures drawn at once, of any conditions, >= 1; None: see mindalle.memory
+    )
     num_threads: int = 1  # of each process, on a CPU: a pixel's last bit can depend on it
     device: str = "cpu"  # cpu, cuda, cuda:N
 
     def __post_init__(self) -> None:
         for name in ("num_images", "part_size", "batch_size", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.num_candidates < self.num_images:
             raise ValueError(
                 f"num_candidates must be at least num_images = {self.num_images}, got {self.num_candidates}"
@@ -162,11 +165,11 @@ def check_conditions(conditions: Sequence[Condition], pipe: Pipeline) -> None:
         ValueError: if the model has another kind of condition, no text tokenizer, or no such class.
     """
     texts = [condition for condition in conditions if isinstance(condition, str)]
-    for condition in {None if isinstance(condition, str) else condition for condition in conditions}:
-        if condition is not None or not texts:
-            pipe.encode_condition(condition)
+    for condition in {condition for condition in conditions if not isinstance(condition, str)}:
+        pipe.encode_condition(condition)
     if texts:
-        pipe.encode_condition("")  # no word of it is lost, which would be told one by one
+        # an empty one, since the words that are lost would be told text by text
+        pipe.encode_condition("" if pipe.text_tokenizer is not None else texts[0])
         assert pipe.text_tokenizer is not None
         length = pipe.text_tokenizer.length
         long = [

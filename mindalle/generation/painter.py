@@ -21,6 +21,7 @@ from torch import Tensor
 from mindalle.data.samples import seed_of
 from mindalle.generation.job import Condition, SetJob, SetPlan
 from mindalle.generation.judges import load_judge
+from mindalle.memory import candidates_at_once
 from mindalle.parts import Count
 from mindalle.pipeline import Pipeline
 from stage2_transformer import generate, image_seeds
@@ -57,6 +58,8 @@ class Painter:
         self.model = pipe.model
         self.judge = load_judge(job, pipe)
         self.count = count
+        num_draws = plan.part_size * plan.num_candidates
+        self.batch_size = job.batch_size or candidates_at_once(pipe.model, num_draws, job.params)
 
     def draw(self, number: int) -> list[DrawnPicture]:
         """Draw the pictures of a part.
@@ -79,7 +82,7 @@ class Painter:
         wanted = self.job.num_candidates
         draws = ((place, candidate) for place in places for candidate in range(wanted))
         drawn = torch.empty(0, *self.model.code_shape, dtype=torch.int64)
-        while batch := list(islice(draws, self.job.batch_size)):
+        while batch := list(islice(draws, self.batch_size)):
             drawn = torch.cat([drawn, self._draw_batch(batch).cpu()])
             while len(drawn) >= wanted:
                 yield drawn[:wanted]
