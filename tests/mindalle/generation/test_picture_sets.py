@@ -19,6 +19,7 @@ from mindalle.data import Sample, open_source
 from mindalle.generation import SetJob, SetSummary, draw_set, plan_set
 from mindalle.generation.painter import Painter
 from stage1_vqgan import VQGAN
+from stage2_transformer import SamplingParams
 
 
 def draw(job: SetJob, **options: Any) -> SetSummary:
@@ -99,7 +100,8 @@ class TestReading:
 
     def test_pictures_of_nothing_in_particular(self, job: SetJob, tiny_vqgan: VQGAN, tmp_path: Path) -> None:
         model = save_class_model(tmp_path / "free", tiny_vqgan, num_classes=0)
-        summary = draw(replace(job, model=model, conditions=(None,) * 5, num_images=1, num_candidates=1))
+        job = replace(job, model=model, params=SamplingParams(), num_images=1, num_candidates=1)
+        summary = draw(replace(job, conditions=(None,) * 5))
         assert (summary.count, summary.mean_score) == (5, None)
         found = samples(job.directory)
         assert len({sample.image.tobytes() for sample in found}) == 5
