@@ -73,11 +73,9 @@ def measure(args: argparse.Namespace) -> None:
     entry = {"measure": args.what, "settings": settings, "results": results}
     say(json.dumps(results, indent=1))
     if args.out is not None:
-        from checkpoint_io import atomic_path
+        from mindalle.evaluation import append_results
 
-        entries = json.loads(args.out.read_text()) if args.out.is_file() else []
-        with atomic_path(args.out) as temporary:
-            temporary.write_text(json.dumps([*entries, entry], indent=1) + "\n", encoding="utf-8")
+        append_results(args.out, [entry])
 
 
 def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,11 +93,18 @@ def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
         torch.stack([to_tensor(fit(record.image, size)) for record in batch])
         for batch in iter(lambda: list(islice(records, BATCH)), [])
     )
-    return asdict(measure_reconstruction(tokenizer, batches))
+    (quality,) = measure_reconstruction(tokenizer, batches).by_depth
+    return {
+        "psnr": quality.psnr.mean().item(),
+        "ssim": quality.ssim.mean().item(),
+        "num_images": len(quality.psnr),
+    }
 
 
 def retrieve(args: argparse.Namespace) -> dict[str, Any]:
     """The judge's own R@1 and R@5 on `val_pair`: picture to name, among all names."""
+    from mindalle.evaluation.features import load_judge
+
     judge, names = load_judge(args.judge), concept_names(args.data)
     records = [record for record in read_records(args.data, "val_pair") if "recolored" not in record.about]
     pictures = [record.image for record in records]
@@ -108,7 +113,7 @@ def retrieve(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(args: argparse.Namespace) -> dict[str, Any]:
     """Recall of held-out captions and accuracy of unseen colours, with one candidate and the best of N."""
-    pipe, judge, names = load_pipeline(args.model), load_judge(args.judge), concept_names(args.data)
+    pipe, judge, names = load_parts(args)
     results: dict[str, Any] = {"params": asdict(pipe.sampling.params)}
     counts = [1] + ([args.num_candidates] if pipe.reranker is not None and args.num_candidates > 1 else [])
     for num_candidates in counts:
@@ -122,7 +127,7 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     """The same for every combination of `SWEEP`, with one candidate; the best recall at 5 comes first."""
     from mindalle import SamplingParams
 
-    pipe, judge, names = load_pipeline(args.model), load_judge(args.judge), concept_names(args.data)
+    pipe, judge, names = load_parts(args)
     rows = []
     for values in product(*SWEEP.values()):
         setting: dict[str, Any] = dict(zip(SWEEP, values, strict=True))
@@ -208,6 +213,8 @@ def held_out_captions(data: Path, number: int, seed: int) -> dict[str, str]:
         for caption in record.about["captions"]
         if caption.endswith(f"{record.about['style']} style")
     }
+    if not captions:
+        raise ValueError(f"val_pair of {data} has no caption that names a style: nothing can be drawn")
     chosen = random.Random(seed).sample(sorted(captions), min(number, len(captions)))
     return {caption: captions[caption] for caption in chosen}
 
@@ -219,6 +226,8 @@ def unseen_colours(data: Path) -> list[tuple[str, str]]:
         colour, _, thing = record.about["name"].partition(" ")
         if colour in COLOURS and thing:
             found.add((colour, thing))
+    if not found:
+        raise ValueError(f"val_color of {data} has no name of a colour and a thing: nothing can be drawn")
     return sorted(found)
 
 
@@ -250,18 +259,9 @@ def read_records(data: Path, split: str) -> Iterator[Record]:
         yield Record(decoded.image, json.loads(sample["json"]))
 
 
-def load_judge(name: str) -> ClipReranker:
-    """A CLIP that was trained here."""
-    from mindalle.rerank import ClipReranker
-    from mindalle.run import load_own_clip
-
-    clip = load_own_clip(name)
-    model: Any = clip.model.eval()
-    return ClipReranker(model, clip.config.preprocess(), clip.tokenize)
-
-
-def load_pipeline(name: str) -> Pipeline:
-    """The model to draw with."""
+def load_parts(args: argparse.Namespace) -> tuple[Pipeline, ClipReranker, list[str]]:
+    """The model to draw with, the judge, and the names that it chooses from."""
     from mindalle import Pipeline
+    from mindalle.evaluation.features import load_judge
 
-    return Pipeline.from_pretrained(name)
+    return Pipeline.from_pretrained(args.model), load_judge(args.judge), concept_names(args.data)

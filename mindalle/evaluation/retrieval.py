@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -43,3 +44,28 @@ def recall(ranks: Tensor, k: int) -> float:
         In [0, 1].
     """
     return (ranks < k).double().mean().item()
+
+
+def r_precision(ranks: Tensor, num_texts: int, num_candidates: int) -> Tensor:
+    """The chance that each picture's own text is more similar than others drawn at random (Xu et al. 2018).
+
+    Computed exactly, over all draws: of `num_candidates - 1` texts out of the others none may be among the
+    `rank` that are at least as similar as one's own (hypergeometric).
+
+    Args:
+        ranks: int64 (n,), of `ranks_of_own`.
+        num_texts: m, distinct texts.
+        num_candidates: one's own and the others, in [2, m]; 100 in the literature.
+
+    Returns:
+        (n,) float64 in [0, 1], whose mean is the R-precision.
+
+    Raises:
+        ValueError: if there are not as many texts.
+    """
+    if not 2 <= num_candidates <= num_texts:
+        raise ValueError(f"R-precision needs 2 to {num_texts} candidates, all texts, got {num_candidates}")
+    others = num_texts - 1
+    worse = others - ranks[:, None].double()  # (n, 1): texts that are less similar than one's own
+    drawn = torch.arange(num_candidates - 1)  # (num_candidates - 1,)
+    return ((worse - drawn).clamp(min=0) / (others - drawn)).prod(dim=1)

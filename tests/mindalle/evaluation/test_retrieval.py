@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from mindalle.evaluation import ranks_of_own, recall
+from mindalle.evaluation import r_precision, ranks_of_own, recall
 
 
 def test_perfect_and_shuffled() -> None:
@@ -29,6 +31,29 @@ def test_what_says_the_same_of_all_has_found_nothing() -> None:
     for value in (1.0, float("nan")):
         ranks = ranks_of_own(torch.full((3, 2), value), texts, torch.zeros(3, dtype=torch.int64))
         assert ranks.tolist() == [3, 3, 3]
+
+
+def test_r_precision_is_the_mean_over_draws() -> None:
+    """Of all ways to draw 3 of 6 other texts, those in which none is better than one's own."""
+    ranks = torch.tensor([0, 1, 2, 3, 4, 6])
+    found = r_precision(ranks, 7, 4)
+    for rank, value in zip(ranks.tolist(), found.tolist(), strict=True):
+        draws = list(itertools.combinations(range(6), 3))
+        wins = sum(all(other >= rank for other in draw) for draw in draws)
+        assert value == pytest.approx(wins / len(draws))
+    assert found[0] == 1
+    assert found[-1] == 0
+
+
+def test_r_precision_of_perfect_and_random_retrieval() -> None:
+    features = torch.eye(200)
+    own = torch.arange(200)
+    perfect = r_precision(ranks_of_own(features, features, own), 200, 100)
+    assert perfect.mean() == 1
+    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    assert r_precision(shuffled, 200, 100).mean().item() == pytest.approx(1 / 100)  # each rank once
+    with pytest.raises(ValueError, match="needs 2 to 200 candidates, all texts, got 201"):
+        r_precision(shuffled, 200, 201)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""The two sides of `mindalle evaluate`: which metrics they give, and the networks that those take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+
+from tqdm import tqdm
+
+from mindalle.cli.command import UsageError, check_device, check_writable, say
+from mindalle.data.samples import Sample, Source, Unreadable, open_source
+from mindalle.evaluation.comparison import METRICS
+from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
+from mindalle.evaluation.moments import Moments, load_moments
+from mindalle.evaluation.pictures import read_samples
+from mindalle.evaluation.refusal import RefusedError, check_count, refusal
+from mindalle.evaluation.results import read_results
+from mindalle.rerank import ClipReranker
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    check_device(args.device)
+    if args.features == "clip" and args.clip is None:
+        raise UsageError("--features clip takes a CLIP: name it with --clip")
+    if args.inception_weights is not None and args.features != "inception":
+        raise UsageError(f"--inception-weights is for --features inception, got {args.features}")
+    save_stats = getattr(args, "save_stats", None)
+    if save_stats is not None and save_stats.suffix != ".npz":
+        raise UsageError(f"--save-stats must end in .npz, got {save_stats}")
+    for option, path in (("--out", args.out), ("--save-stats", save_stats)):
+        if path is not None:
+            check_writable(path.parent, option)
+    if args.out is not None and args.out.exists():
+        read_results(args.out)  # else hours of work would have nowhere to go
+
+
+def choose_metrics(args: argparse.Namespace, reference: Source | Moments | None) -> list[str]:
+    """The metrics that were asked for, or all that can be had.
+
+    Raises:
+        UsageError: if one that was asked for lacks something, or none can be had.
+    """
+    lacking = {name: _lack(name, args, reference) for name in METRICS}
+    if args.metrics is not None:
+        chosen = [name for name in args.metrics if name in METRICS]
+        for name in chosen:
+            if lacking[name] is not None:
+                raise UsageError(f"--metrics {name} takes {lacking[name]}")
+        return chosen
+    return [name for name in METRICS if lacking[name] is None]
+
+
+def _lack(name: str, args: argparse.Namespace, reference: Source | Moments | None) -> str | None:
+    metric = METRICS[name]
+    if metric.needs_reference and reference is None:
+        return "a reference: name it after the pictures"
+    if metric.needs_reference and metric.needs_pictures and isinstance(reference, Moments):
+        return "the pictures of the reference, not their mean and covariance (.npz)"
+    if metric.needs_clip and args.clip is None:
+        return "a CLIP that judges: name it with --clip"
+    if metric.needs_classes and args.features == "clip":
+        return "a network with classes: choose other --features"
+    return None
+
+
+def load_networks(
+    args: argparse.Namespace, metrics: Sequence[str], *, has_moments: bool = False
+) -> tuple[FeatureNetwork | None, ClipReranker | None]:
+    """The feature network and the judge, where a metric needs them."""
+    network = judge = None
+    if has_moments or any(METRICS[name].needs_features for name in metrics):
+        network = FEATURES[args.features](_feature_options(args))
+    if any(METRICS[name].needs_clip for name in metrics):
+        is_shared = network is not None and network.clip is not None
+        judge = network.clip if network is not None and is_shared else load_judge(args.clip, args.device)
+    return network, judge
+
+
+def _feature_options(args: argparse.Namespace) -> FeatureOptions:
+    return FeatureOptions(
+        inception_weights=args.inception_weights, clip=args.clip, resize=args.resize, device=args.device
+    )
+
+
+def network_of_reconstructions(args: argparse.Namespace, source: Source) -> FeatureNetwork | None:
+    """The feature network; None if there are too few pictures for it and rFID was not asked for."""
+    network = FEATURES[args.features](_feature_options(args))
+    listed = count_listed(source, args.limit)
+    if listed is None:
+        return network
+    problem = refusal("rfd", listed, listed, args.feature_dims or network.num_features)
+    if problem is not None and args.metrics is not None:
+        raise RefusedError(problem)
+    if problem is not None:
+        say(f"left out: {problem}", is_note=True)
+    return network if problem is None else None
+
+
+def check_listed(
+    args: argparse.Namespace,
+    metrics: Sequence[str],
+    source: Source,
+    reference: Source | Moments | None,
+    network: FeatureNetwork | None,
+) -> None:
+    """Raise RefusedError, before networks run, if there are too few pictures for what was asked for."""
+    count = count_listed(source, args.limit)
+    if count is None:
+        return
+    others = reference.num_images if isinstance(reference, Moments) else None
+    if reference is not None and not isinstance(reference, Moments):
+        others = count_listed(reference, args.limit)
+    for name in metrics:
+        is_fd = name == "fd" and network is not None
+        num_features = (args.feature_dims or network.num_features) if is_fd and network is not None else None
+        check_count(name, count, others if METRICS[name].needs_reference else None, num_features)
+
+
+def count_listed(source: Source, limit: int | None) -> int | None:
+    """Pictures that will be read, unreadable ones among them; None where nobody has counted."""
+    try:
+        count = len(source)
+    except ValueError:  # shards on the network
+        return None
+    return count if limit is None else min(count, limit)
+
+
+def open_reference(name: str | None) -> Source | Moments | None:
+    """Pictures, or the .npz of their statistics; None where none are named."""
+    if name is None:
+        return None
+    return load_moments(name) if name.endswith(".npz") else open_source(name)
+
+
+def check_moments(moments: Moments, network: FeatureNetwork | None, name: str) -> None:
+    """Refuse statistics of another network or resize rule, as far as the file tells."""
+    if network is None:
+        return
+    if len(moments.mu) != network.num_features:
+        raise ValueError(
+            f"{name} is of {len(moments.mu)} features, {network.name} has {network.num_features}: "
+            "choose the network it was made with (--features)"
+        )
+    for what, theirs, ours in (
+        ("network", moments.features_hash, network.weights_hash),
+        ("resize rule", moments.resize, network.resize),
+    ):
+        if theirs is not None and theirs != ours:
+            raise ValueError(f"{name} was made with another {what}: {theirs}, expected {ours}")
+    if moments.features_hash is None:
+        say(
+            f"{name} does not say its network and resize rule: the originals' files are of Inception with "
+            "--resize torch",
+            is_note=True,
+        )
+
+
+def read_with_bar(source: Source, limit: int | None, title: str) -> Iterator[Sample | Unreadable]:
+    """The pictures of a side, see `read_samples`, with a progress bar of this title."""
+    samples: Iterable[Sample | Unreadable] = read_samples(source, limit)
+    yield from tqdm(samples, desc=title, total=count_listed(source, limit), unit=" pictures")

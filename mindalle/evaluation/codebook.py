@@ -1,0 +1,75 @@
+"""Codebooks: how much of them pictures take, and how evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mindalle.evaluation.intervals import resampled_interval
+from mindalle.evaluation.results import Measure
+
+
+def code_counts(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each entry is used: codes int (n, T, D) in [0, V) -> int64 (D, V)."""
+    by_depth = codes.long().flatten(0, 1).T  # (n, T, D) -> (D, n * T)
+    return torch.stack([torch.bincount(row, minlength=codebook_size) for row in by_depth])
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """How many entries, used equally, would be as varied: exp of the entropy.
+
+    Args:
+        counts: (D, V), not all zero in any row.
+
+    Returns:
+        (D,) float64 in [1, V].
+    """
+    shares = counts.double() / counts.sum(dim=1, keepdim=True)
+    entropy: Tensor = torch.special.entr(shares).sum(dim=1)
+    return entropy.exp()
+
+
+def codebook_measures(codes: Tensor, codebook_sizes: Sequence[int], *, seed: int) -> list[Measure]:
+    """Usage and perplexity of the codebook of each depth.
+
+    Args:
+        codes: (n, T, D).
+        codebook_sizes: V of each depth.
+        seed: of the intervals.
+
+    Returns:
+        The measures; of few pictures both are too small, which their intervals do not show.
+    """
+    measures = []
+    for depth, size in enumerate(codebook_sizes):
+        suffix = f", depth {depth + 1}" if len(codebook_sizes) > 1 else ""
+        column = codes[..., depth : depth + 1]  # (n, T, 1)
+        for name, rule in CODEBOOK_RULES.items():
+            measures.append(_codebook_measure(f"{name}{suffix}", rule, column, size, seed))
+    return measures
+
+
+def _usage(counts: Tensor) -> Tensor:
+    """(D, V) -> (D,): the share of entries that are used at all."""
+    return (counts > 0).double().mean(dim=1)
+
+
+CODEBOOK_RULES = {"codebook usage": _usage, "codebook perplexity": perplexity}
+
+
+def _codebook_measure(
+    metric: str, rule: Callable[[Tensor], Tensor], codes: Tensor, size: int, seed: int
+) -> Measure:
+    def measure(indices: Tensor) -> float:
+        return float(rule(code_counts(codes[indices], size)))
+
+    value = measure(torch.arange(len(codes)))
+    return Measure(
+        metric=metric,
+        value=value,
+        interval=resampled_interval(measure, len(codes), value, seed=seed) if len(codes) > 1 else None,
+        num_images=len(codes),
+        details={"codebook_size": size, "num_codes": codes.numel()},
+    )

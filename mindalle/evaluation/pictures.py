@@ -1,0 +1,208 @@
+"""Sets of pictures: each is read once, and what every metric needs of it is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mindalle.data.samples import Sample, Source, Unreadable, clean_captions
+from mindalle.evaluation.features import FeatureNetwork
+from mindalle.rerank import ClipReranker
+
+logger = logging.getLogger(__name__)
+RESULTS = "results.jsonl"  # of a folder that was drawn: {"file", "prompt", "score", ...} for each picture
+NUM_NAMED = 10  # unreadable pictures that a record names
+
+
+@dataclass(kw_only=True)
+class PictureSet:
+    """What is kept of n pictures."""
+
+    name: str
+    fingerprint: str
+    vectors: Tensor | None = None  # (n, C), of the feature network
+    logits: Tensor | None = None  # (n, classes)
+    clip: Tensor | None = None  # (n, C'), unit vectors of the CLIP that judges
+    captions: list[tuple[str, ...]] = field(default_factory=list)  # of each picture
+    unreadable: list[Unreadable] = field(default_factory=list)  # pictures that are not among the n
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def about(self, kind: str) -> dict[str, Any]:
+        """For a record.
+
+        Args:
+            kind: what the set is: "images", "data", ...
+        """
+        return {
+            "kind": kind,
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "num_images": len(self),
+            "num_unreadable": len(self.unreadable),
+            "unreadable": [f"{one.key}: {one.reason}" for one in self.unreadable[:NUM_NAMED]],
+        }
+
+
+def read_samples(source: Source, limit: int | None = None) -> Iterator[Sample | Unreadable]:
+    """All pictures of a source in order.
+
+    Of a folder that was drawn, with a results.jsonl, only those it lists, captioned with their prompts.
+
+    Args:
+        source: of `mindalle.data.samples.open_source`.
+        limit: of pictures, unreadable ones among them; None = all.
+
+    Yields:
+        The pictures.
+
+    Raises:
+        ValueError: if a results.jsonl cannot be understood.
+    """
+    samples: Iterator[Sample | Unreadable] = (
+        sample for part in range(source.num_parts) for sample in source.read(part)
+    )
+    results = Path(source.name, RESULTS)
+    if results.is_file():
+        samples = _listed(samples, _read_prompts(results))
+    yield from islice(samples, limit)
+
+
+def measure_pictures(
+    source: Source,
+    samples: Iterable[Sample | Unreadable],
+    *,
+    network: FeatureNetwork | None,
+    judge: ClipReranker | None,
+    prepare: Callable[[Image.Image], Image.Image] | None = None,
+    batch_size: int = 32,
+) -> PictureSet:
+    """Run the networks over a set, each once over each picture.
+
+    Args:
+        source: for its name and fingerprint.
+        samples: the pictures.
+        network: of the features; None = none are needed.
+        judge: of captions; None = none is needed.
+        prepare: makes every picture the size that is compared; None = they are taken as they are.
+        batch_size: pictures at once, >= 1.
+
+    Returns:
+        What the metrics need.
+
+    Raises:
+        ValueError: if none of the pictures can be read.
+    """
+    found = PictureSet(name=source.name, fingerprint=source.fingerprint)
+    collector = Collector(network, judge)
+    for batch in picture_batches(samples, found, batch_size):
+        collector.add([prepare(one.image) if prepare is not None else one.image for one in batch])
+    collector.fill(found)
+    return found
+
+
+def picture_batches(
+    samples: Iterable[Sample | Unreadable], found: PictureSet, batch_size: int
+) -> Iterator[list[Sample]]:
+    """The pictures that can be read; their captions, and those that cannot be read, are noted in a set.
+
+    Args:
+        samples: of `read_samples`.
+        found: gets captions and unreadable ones.
+        batch_size: pictures at once, >= 1.
+
+    Yields:
+        At most `batch_size` pictures.
+
+    Raises:
+        ValueError: if none can be read.
+    """
+    readable = _readable(samples, found.unreadable)
+    for batch in iter(lambda: list(islice(readable, batch_size)), []):
+        found.captions += [one.captions for one in batch]
+        yield batch
+    if not len(found):
+        reason = f": {found.unreadable[0].key}: {found.unreadable[0].reason}" if found.unreadable else ""
+        raise ValueError(f"no readable picture in {found.name}{reason}")
+
+
+class Collector:
+    """The features of pictures that come in batches.
+
+    Args:
+        network: of the features; None = none are needed.
+        judge: the CLIP whose features are kept, too; if it is the network's own, it runs once.
+    """
+
+    def __init__(self, network: FeatureNetwork | None, judge: ClipReranker | None) -> None:
+        self.network, self.judge = network, judge
+        self._batches: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = []
+
+    def add(self, pictures: list[Image.Image]) -> None:
+        """Run the networks over a batch."""
+        vectors, logits = self.network.extract(pictures) if self.network is not None else (None, None)
+        is_shared = self.network is not None and self.judge is self.network.clip
+        seen = None
+        if self.judge is not None:
+            seen = vectors if is_shared else self.judge.encode_images(pictures)
+        self._batches.append((vectors, logits, seen))
+
+    def fill(self, found: PictureSet) -> None:
+        """Put what was collected into a set."""
+        found.vectors, found.logits, found.clip = (
+            torch.cat([one for one in column if one is not None]) if column[0] is not None else None
+            for column in zip(*self._batches, strict=True)
+        )
+
+
+def _readable(samples: Iterable[Sample | Unreadable], unreadable: list[Unreadable]) -> Iterator[Sample]:
+    """The pictures that can be read; the others are named and noted."""
+    for sample in samples:
+        if isinstance(sample, Sample):
+            yield sample
+        else:
+            if len(unreadable) < NUM_NAMED:
+                logger.warning("skipped %s: %s", sample.key, sample.reason)
+            unreadable.append(sample)
+
+
+def _listed(
+    samples: Iterable[Sample | Unreadable], prompts: Mapping[str, tuple[str, ...]]
+) -> Iterator[Sample | Unreadable]:
+    """The pictures that results.jsonl lists, with their prompts: beside them lie sheets and previews."""
+    missing = dict(prompts)
+    for sample in samples:
+        prompt = missing.pop(sample.key, None)
+        if prompt is None:
+            continue
+        if isinstance(sample, Sample):
+            yield Sample(sample.key, sample.image, prompt, sample.label)
+        else:
+            yield sample
+    for key in missing:
+        yield Unreadable(key, f"{RESULTS} lists it, but there is no such file")
+
+
+def _read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
+    """File -> its prompt, or () for a picture that was drawn without."""
+    prompts: dict[str, tuple[str, ...]] = {}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+                    raise ValueError(f"expected an object with a file, got {line[:80]!r}")
+                prompts[row["file"]] = clean_captions(row.get("prompt"))
+            except (ValueError, RecursionError) as error:  # noqa: PERF203  (names the line)
+                raise ValueError(f"{path}:{number}: {error}") from error
+    return prompts

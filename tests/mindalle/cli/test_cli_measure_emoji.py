@@ -1,0 +1,153 @@
+"""`measure_emoji.py`: which captions and colours it takes, how it counts, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_results import Command
+from evaluation_sets import COLOURS, colour_judge, plain, write_clip, write_emoji_shard
+
+from mindalle.cli import measure_emoji
+from mindalle.cli.measure_emoji import (
+    colour_accuracy,
+    concept_names,
+    concept_recall,
+    held_out_captions,
+    read_records,
+    unseen_colours,
+)
+from mindalle.image import fit, psnr, to_tensor
+from stage1_vqgan import load_tokenizer
+
+
+def about(name: str, style: str = "flat", **more: Any) -> dict[str, Any]:
+    return {"name": name, "style": style, "captions": [name, f"a {name}, {style} style"], **more}
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two concepts to train on, two held out, of which one is a copy in another colour."""
+    folder = tmp_path_factory.mktemp("emoji")
+    train = [(plain("red"), about("red car")), (plain("blue"), about("blue car", recolored="blue"))]
+    write_emoji_shard(folder / "train-0000.tar", train)
+    held_out = [
+        (plain("green"), about("green apple")),
+        (plain("red"), about("red car", "blob")),
+        (plain("blue"), about("blue apple", recolored="blue")),
+    ]
+    write_emoji_shard(folder / "val_pair-0000.tar", held_out)
+    colours = [
+        (plain("blue"), about("blue apple", recolored="blue")),
+        (plain("blue"), about("blue apple", "blob", recolored="blue")),
+        (plain("red"), about("red apple", recolored="red")),
+        (plain("red"), about("mauve apple", recolored="mauve")),
+        (plain("red"), about("red")),
+    ]
+    write_emoji_shard(folder / "val_color-0000.tar", colours)
+    return folder
+
+
+def test_what_is_asked_for(emoji: Path) -> None:
+    """Recoloured copies are no concepts; of the captions those that name a style are drawn."""
+    assert concept_names(emoji) == ["green apple", "red car"]
+    captions = held_out_captions(emoji, 10, seed=0)
+    assert captions == {"a green apple, flat style": "green apple", "a red car, blob style": "red car"}
+    assert len(held_out_captions(emoji, 1, seed=0)) == 1
+    assert unseen_colours(emoji) == [("blue", "apple"), ("red", "apple")]
+    assert [record.about["name"] for record in read_records(emoji, "train")] == ["red car", "blue car"]
+
+
+def test_perfect_and_wrong_recall() -> None:
+    judge, names = colour_judge(), [f"{colour} car" for colour in COLOURS]
+    pictures = [plain(colour) for colour in COLOURS]
+    perfect = concept_recall(judge, pictures, names, names)
+    assert perfect == {"recall_at_1": 1, "recall_at_5": 1, "num_pictures": 4, "num_names": 4}
+    assert concept_recall(judge, pictures, names[1:] + names[:1], names)["recall_at_1"] == 0
+    assert concept_recall(judge, pictures[:2], [names[0], names[0]], names)["recall_at_1"] == 0.5
+
+
+def test_colour_accuracy() -> None:
+    pictures, wanted = [plain("red"), plain("blue")], [("red", "car"), ("blue", "apple")]
+    assert colour_accuracy(colour_judge(), pictures, wanted) == 1
+    assert colour_accuracy(colour_judge(), pictures[::-1], wanted) == 0
+    assert colour_accuracy(colour_judge(), [plain("red")] * 2, wanted) == 0.5
+
+
+def test_reconstruct(mindalle: Command, checkpoints: Path, emoji: Path, tmp_path: Path) -> None:
+    arguments = ("measure_emoji", "reconstruct", emoji, "--model", checkpoints / "taming")
+    result = mindalle(*arguments, "--out", tmp_path / "out.json")
+    assert result.code == 0, result.err
+    tokenizer = load_tokenizer(checkpoints / "taming")
+    size = (tokenizer.convnet.image_size,) * 2
+    images = torch.stack([to_tensor(fit(record.image, size)) for record in read_records(emoji, "val_pair")])
+    with torch.no_grad():
+        expected = psnr(images, tokenizer.decode(tokenizer.encode(images))).mean().item()
+    mindalle(*arguments, "--out", tmp_path / "out.json")
+    first, second = json.loads((tmp_path / "out.json").read_text())
+    assert first["results"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert first["results"]["num_images"] == 3
+    assert first == second
+    assert (first["measure"], first["settings"]["data"]) == ("reconstruct", str(emoji))
+
+
+def test_a_judge_and_drawings(mindalle: Command, text_model: Path, emoji: Path, tmp_path: Path) -> None:
+    judge = write_clip(tmp_path / "judge")
+    result = mindalle("measure_emoji", "clip", emoji, "--judge", judge)
+    assert result.code == 0, result.err
+    found = json.loads("\n".join(result.out))
+    assert (found["num_pictures"], found["num_names"], found["recall_at_5"]) == (2, 2, 1)
+
+    options = ("--model", text_model, "--judge", judge, "--out", tmp_path / "out.json")
+    result = mindalle("measure_emoji", "draw", emoji, *options)
+    assert result.code == 0, result.err
+    (entry,) = json.loads((tmp_path / "out.json").read_text())
+    drawn = entry["results"]["best_of_1"]
+    assert (drawn["num_pictures"], drawn["num_colours"], drawn["recall_at_5"]) == (2, 2, 1)
+    assert 0 <= drawn["colour_accuracy"] <= 1
+    assert "best_of_16" not in entry["results"]  # the model has no CLIP to choose with
+
+
+def test_sweep_puts_the_best_first(
+    mindalle: Command, text_model: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_emoji, "SWEEP", {"temperature": (0.5, 1.0), "top_k": (4, None)})
+    judge = write_clip(tmp_path / "judge")
+    result = mindalle("measure_emoji", "sweep", emoji, "--model", text_model, "--judge", judge)
+    assert result.code == 0, result.err
+    rows = json.loads("\n".join(result.out))["rows"]
+    assert {(row["temperature"], row["top_k"]) for row in rows} == {
+        (0.5, 4),
+        (0.5, None),
+        (1.0, 4),
+        (1.0, None),
+    }
+    scores = [row["recall_at_5"] + row["colour_accuracy"] for row in rows]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_errors(mindalle: Command, emoji: Path, text_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    judge, empty = write_clip(tmp_path / "judge"), tmp_path / "empty"
+    empty.mkdir()
+    write_emoji_shard(tmp_path / "plain" / "val_pair-0000.tar", [(plain("red"), about("red car"))])
+    write_emoji_shard(tmp_path / "plain" / "train-0000.tar", [(plain("red"), about("red car"))])
+    write_emoji_shard(tmp_path / "plain" / "val_color-0000.tar", [(plain("red"), about("car"))])
+    for arguments, code, words in (
+        (("draw", emoji), 2, "draw needs a CLIP that judges: pass --judge"),
+        (("reconstruct", empty, "--model", text_model), 1, "no val_pair-*.tar in"),
+        (("clip", emoji, "--judge", tmp_path / "nobody"), 1, "no such file or directory"),
+        (
+            ("reconstruct", emoji, "--model", text_model, "--out", tmp_path / "bad.json"),
+            1,
+            "bad.json is no file of results",
+        ),
+        (("draw", tmp_path / "plain", "--model", text_model, "--judge", judge), 1, "val_color of"),
+    ):
+        result = mindalle("measure_emoji", *arguments)
+        assert result.code == code
+        assert words in result.err[-1]
+        assert "unexpected" not in result.err[-1]
