@@ -320,8 +320,7 @@ def test_callbacks(name: str) -> None:
             assert not isinstance(callback, (PromptSheet, WeightAveraging))
         if isinstance(callback, PromptSheet):
             condition, code_shape = training.model.config.condition, training.model.code_shape
-            if callback.params is not None:
-                callback.params.check_depths(code_shape[2] if len(code_shape) == 3 else 1)
+            callback.params.check_depths(code_shape[2] if len(code_shape) == 3 else 1)
             prompts = callback.prompts or []
             assert bool(prompts) == (condition.kind != "none")
             expected = {"class": int, "text": str, "none": str}[condition.kind]
