@@ -5,7 +5,7 @@ executes code from a file.
 """
 
 from checkpoint_io.config import config_from_mapping, config_to_mapping, flatten_config, read_yaml
-from checkpoint_io.keys import KeyTable, load_strict
+from checkpoint_io.keys import KeyTable, load_strict, without_storage
 from checkpoint_io.layout import CheckpointPart, Layout, find_parts
 from checkpoint_io.tensors import CheckpointError, atomic_path, read_tensors, write_safetensors
 
@@ -22,5 +22,6 @@ __all__ = [
     "load_strict",
     "read_tensors",
     "read_yaml",
+    "without_storage",
     "write_safetensors",
 ]

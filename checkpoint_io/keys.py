@@ -1,14 +1,16 @@
-"""Tensors of a file into the parameters of a model: strictly, and one tensor at a time."""
+"""Models without storage, and tensors of a file into their parameters: strictly, and one tensor at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from checkpoint_io.tensors import CheckpointError, release_pages
 
@@ -21,6 +23,23 @@ one qkv).
 """
 
 _PART = re.compile(r"^(?P<name>.*)\[(?P<index>\d+)/(?P<parts>\d+)\]$")
+
+
+@contextlib.contextmanager
+def without_storage() -> Iterator[None]:
+    """Models built in this context have parameters on the meta device, for `load_strict` to fill."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves `torch.nn.init` out: to make no numbers on the meta device, torch imports its compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def load_strict(
@@ -75,7 +94,8 @@ def load_strict(
             parameters[ours] = _place(model, ours, tensor.contiguous())
         else:
             if parameter.is_meta:
-                parameter = parameters[ours] = _place(model, ours, torch.empty_like(parameter, device="cpu"))
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)  # empty_like imports the compiler
+                parameter = parameters[ours] = _place(model, ours, empty)
             slot = parameter.detach().chunk(parts)[index] if parts > 1 else parameter.detach()
             slot.copy_(tensor)
             release_pages(tensor)

@@ -16,6 +16,7 @@ from checkpoint_io import (
     config_from_mapping,
     find_parts,
     load_strict,
+    without_storage,
 )
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.convnet import ConvNetConfig
@@ -176,7 +177,7 @@ def tokenizer_from_config(section: Mapping[str, Any], *, where: str) -> Any:
 
 def _empty(cls: type[Any], config: Any) -> Any:
     """A model without storage: `load_strict` makes each parameter real when its tensor arrives."""
-    with torch.device("meta"):
+    with without_storage():
         return cls(config)
 
 

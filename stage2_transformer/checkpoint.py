@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from checkpoint_io import CheckpointError, CheckpointPart, KeyTable, config_from_mapping, load_strict
+from checkpoint_io import (
+    CheckpointError,
+    CheckpointPart,
+    KeyTable,
+    config_from_mapping,
+    load_strict,
+    without_storage,
+)
 from stage2_transformer.conditioning import ConditionConfig
 from stage2_transformer.gpt import GPT, GPTConfig
 from stage2_transformer.int8 import Int8Loader
@@ -190,7 +197,7 @@ def build_model(config: GPTConfig | RQTransformerConfig, codebook: Tensor) -> GP
     Returns:
         The model, its parameters on the meta device.
     """
-    with torch.device("meta"):
+    with without_storage():
         return GPT(config) if isinstance(config, GPTConfig) else RQTransformer(config, codebook)
 
 

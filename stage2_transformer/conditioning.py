@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from stage2_transformer.layers import normal_parameter
+
 PAD_ID = 0
 """Text is padded with this id on the right; padding is attended to, as in the originals. A text of padding
 alone is the null condition of guidance, and what an empty caption is encoded as."""
@@ -48,7 +50,7 @@ class Condition(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size + config.has_null_class, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(config.length, width)) if has_positions else None
+        self.positions = normal_parameter(config.length, width) if has_positions else None
 
     def forward(self, cond: Tensor | None, batch_size: int = 1) -> Tensor:
         """Embed conditions.

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from stage2_transformer.cache import KVCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
 from stage2_transformer.interface import SequenceOutput, flatten_codes
-from stage2_transformer.layers import Transformer, TransformerConfig, init_weights, successive_rows
+from stage2_transformer.layers import (
+    Transformer,
+    TransformerConfig,
+    init_weights,
+    normal_parameter,
+    successive_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class GPT(nn.Module):
         self.config = config
         self.condition = Condition(config.condition, width, has_positions=config.condition.kind == "text")
         self.code_embedding = nn.Embedding(config.vocab_size, width)
-        self.code_positions = nn.Parameter(0.02 * torch.randn(config.num_codes, width))
+        self.code_positions = normal_parameter(config.num_codes, width)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = Transformer(config.transformer)
         self.norm = nn.LayerNorm(width)

@@ -191,9 +191,18 @@ def successive_rows(table: Tensor, starts: Sequence[int], num_rows: int) -> Tens
     return table[torch.tensor(indices, device=table.device)]
 
 
+INIT_STD = 0.02
+"""Of GPT-2's initialisation, as in the originals."""
+
+
+def normal_parameter(*shape: int) -> nn.Parameter:
+    """A parameter of this shape, drawn from N(0, INIT_STD)."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=INIT_STD))
+
+
 def init_weights(module: nn.Module) -> None:
-    """GPT-2's initialisation, as in the originals: weights N(0, 0.02), biases zero. For `nn.Module.apply`."""
+    """GPT-2's initialisation: weights from N(0, INIT_STD), biases zero. For `nn.Module.apply`."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from stage2_transformer.cache import RQCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
 from stage2_transformer.interface import SequenceOutput, flatten_codes
-from stage2_transformer.layers import Transformer, TransformerConfig, init_weights, successive_rows
+from stage2_transformer.layers import (
+    Transformer,
+    TransformerConfig,
+    init_weights,
+    normal_parameter,
+    successive_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +114,7 @@ class DepthClassifier(nn.Module):
 
     def __init__(self, depth: int, width: int, vocab_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(0.02 * torch.randn(depth, width, vocab_size))
+        self.weight = normal_parameter(depth, width, vocab_size)
         self.bias = nn.Parameter(torch.zeros(depth, vocab_size))
 
     def forward(self, x: Tensor, depth: int) -> Tensor:
@@ -134,8 +140,8 @@ class RQTransformer(nn.Module):
         self.register_buffer("codebook", _check_codebook(codebook, config), persistent=False)
         self.codebook: Tensor | None
         self.condition = Condition(config.condition, width, has_positions=True)
-        self.position_embedding = nn.Parameter(0.02 * torch.randn(config.num_positions, width))
-        self.depth_embedding = nn.Parameter(0.02 * torch.randn(config.depth, width))
+        self.position_embedding = normal_parameter(config.num_positions, width)
+        self.depth_embedding = normal_parameter(config.depth, width)
         table_size = sizes[0] if config.has_shared_embedding else sum(sizes)
         self.table = nn.Embedding(table_size, width) if config.has_table else None
         self.body_input = CodeInput(width, config.codebook_width if config.has_codebook_body else None)

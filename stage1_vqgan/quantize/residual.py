@@ -59,7 +59,9 @@ class ResidualQuantizer(Quantizer):
         self.config = config
         self.codebook_size = max(config.codebook_sizes)
         sizes = config.codebook_sizes[:1] if config.is_shared else config.codebook_sizes
-        self.tables = nn.ParameterList(nn.Parameter(torch.randn(size, config.width)) for size in sizes)
+        self.tables = nn.ParameterList(
+            nn.Parameter(nn.init.normal_(torch.empty(size, config.width))) for size in sizes
+        )
 
     def table(self, depth: int) -> Tensor:
         """The codebook (V, C) of a depth."""

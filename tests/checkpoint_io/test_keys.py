@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checkpoint_io import CheckpointError, load_strict
+from checkpoint_io import CheckpointError, load_strict, without_storage
 from checkpoint_io.keys import translate
 from stage1_vqgan.checkpoint import RQVAE_KEYS, VQGAN_KEYS
 from stage2_transformer.checkpoint import MINDALLE_KEYS, RQ_KEYS
@@ -222,3 +222,18 @@ class TestMemory:
         load_strict(model, theirs, source="here")
         assert model.qkv.weight.is_contiguous()
         assert torch.equal(model.qkv.weight, torch.arange(12.0).view(2, 6).T)
+
+
+def test_models_without_storage_are_filled_like_others() -> None:
+    """Nothing is drawn for them, so the random state stays where it is."""
+    whole = nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 2))
+    before = torch.get_rng_state()
+    with without_storage():
+        empty = nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 2))
+        assert nn.init.normal_(tensor=empty[1].weight, std=0.1) is empty[1].weight
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    load_strict(empty, dict(whole.state_dict()), source="here")
+    assert torch.equal(torch.get_rng_state(), before)
+    for ours, theirs in zip(empty.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not nn.Linear(2, 2).weight.is_meta
