@@ -37,6 +37,22 @@ class Measure:
     details: Mapping[str, Any] = field(default_factory=dict)  # settings of this metric: splits, k, ...
     warnings: tuple[str, ...] = ()
 
+    def record(self) -> dict[str, Any]:
+        """As it stands in a file: JSON throughout, infinities and NaN as text."""
+        interval = self.interval
+        return {
+            "metric": self.metric,
+            "value": _number(self.value),
+            "unit": self.unit,
+            "interval_95": [_number(interval.low), _number(interval.high)] if interval else None,
+            "interval_rule": interval.rule if interval else None,
+            "num_images": self.num_images,
+            "num_reference": self.num_reference,
+            "features": dict(self.network) if self.network is not None else None,
+            "details": dict(self.details),
+            "warnings": list(self.warnings),
+        }
+
 
 def mean_measure(metric: str, values: Tensor, *, seed: int, **more: Any) -> Measure:
     """The mean of a value per picture, with its interval.
@@ -70,20 +86,10 @@ class Context:
     date: str  # UTC, ISO 8601
 
     def record(self, measure: Measure) -> dict[str, Any]:
-        """A measure as it stands in a file: JSON throughout, infinities and NaN as text."""
-        interval = measure.interval
+        """A measure as it stands in a file, with what it has in common with others."""
         return {
             "format": FORMAT,
-            "metric": measure.metric,
-            "value": _number(measure.value),
-            "unit": measure.unit,
-            "interval_95": [_number(interval.low), _number(interval.high)] if interval else None,
-            "interval_rule": interval.rule if interval else None,
-            "num_images": measure.num_images,
-            "num_reference": measure.num_reference,
-            "features": dict(measure.network) if measure.network is not None else None,
-            "details": dict(measure.details),
-            "warnings": list(measure.warnings),
+            **measure.record(),
             "subject": dict(self.subject),
             "reference": dict(self.reference) if self.reference is not None else None,
             "seed": self.seed,
