@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -150,12 +151,12 @@ def _do_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_do: Callable[[int], object]  # of a process of the pool, which has no other place for it
+_started: Callable[[], Callable[[int], object]]  # of a process of the pool, which has no other place for it
 
 
 def _start_worker(start: Callable[[Count], Callable[[int], object]], num_done: Any, is_stopped: Any) -> None:
     """Prepare a process of the pool: it ends when its parent stops or dies."""
-    global _do
+    global _started
     # Ctrl-C reaches the whole group, but it is the parent that says when to stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
@@ -173,9 +174,10 @@ def _start_worker(start: Callable[[Count], Callable[[int], object]], num_done: A
         with num_done.get_lock():
             num_done.value += number
 
-    _do = start(count)
+    # not here: of what goes wrong while a pool's process is prepared, its parent learns nothing
+    _started = cache(lambda: start(count))
 
 
 def _do_in_worker(number: int) -> int:
-    _do(number)
+    _started()(number)
     return number

@@ -1,8 +1,7 @@
 """One part of a picture set: codes in batches across prompts, pictures, scores, the best of each prompt.
 
-What floating point leaves open must not depend on how the work is divided. Codes are drawn with random
-numbers that each picture has of its own, and hardly ever feel the last bit of a logit. Pixels and scores do
-feel it, so the candidates of a prompt are decoded and judged in groups that do not depend on the batches.
+What floating point leaves open must not depend on how the work is divided: batches have MIN_ROWS rows at
+least, and the candidates of a prompt are decoded and judged in groups of their own.
 """
 
 from __future__ import annotations
@@ -25,6 +24,10 @@ from mindalle.memory import candidates_at_once
 from mindalle.parts import Count
 from mindalle.pipeline import Pipeline
 from stage2_transformer import generate, image_seeds
+
+MIN_ROWS = 4
+"""Of prompts that are read and of codes that are drawn at once: on a CPU, products of matrices with fewer
+rows are summed in another order; with these, as measured, a row has the same bits whatever the others are."""
 
 GROUP = 16  # candidates of one prompt that are decoded and judged at once
 
@@ -91,12 +94,11 @@ class Painter:
 
     def _draw_batch(self, draws: Sequence[Draw]) -> Tensor:
         """Codes (B, *code_shape) of candidates of any conditions."""
-        runs = [len(list(run)) for _, run in groupby(place for place, _ in draws)]
-        # images that a row of the condition serves, which is then read once for all of them
-        stride = math.gcd(*runs)
-        conditions = [self.job.conditions[place] for place, _ in draws[::stride]]
-        seeds = [image_seeds(self._seed(place), 1, candidate)[0] for place, candidate in draws]
-        return generate(self.model, self._encode(conditions), self.job.params, seeds=seeds)
+        padded = [*draws, *[draws[-1]] * (MIN_ROWS - len(draws))]
+        stride = _stride([place for place, _ in padded])
+        conditions = [self.job.conditions[place] for place, _ in padded[::stride]]
+        seeds = [image_seeds(self._seed(place), 1, candidate)[0] for place, candidate in padded]
+        return generate(self.model, self._encode(conditions), self.job.params, seeds=seeds)[: len(draws)]
 
     def _seed(self, place: int) -> int:
         """Of a condition; of generate.py too, if it is to draw the same picture."""
@@ -154,3 +156,9 @@ class Painter:
                 "set_seed": job.seed,
             },
         }
+
+
+def _stride(places: Sequence[int]) -> int:
+    """How many neighbours a condition can serve, to be read once for all of them, if enough rows are left."""
+    longest = math.gcd(*(len(list(run)) for _, run in groupby(places)))
+    return max(n for n in range(1, longest + 1) if longest % n == 0 and len(places) // n >= MIN_ROWS)

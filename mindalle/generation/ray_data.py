@@ -47,6 +47,7 @@ def draw_on_ray(
 
     Raises:
         ImportError: if Ray is missing.
+        ConnectionError: if there is no cluster, and none can be started.
         ChildProcessError: if Ray gives up on a process.
     """
     try:
@@ -56,7 +57,10 @@ def draw_on_ray(
         raise ImportError('--ray needs Ray Data: pip install "mindalle[ray]"') from error
     if not numbers:
         return
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises any kind, of a cluster out of reach as of one that is slow
+        raise ConnectionError(f"Ray cannot be reached or started: {_reason(error)}") from error
     ray.data.DataContext.get_current().enable_progress_bars = False
     parts = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     drawn = parts.map(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from io import BytesIO
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_equal_prompts_have_seeds_of_their_own(job: SetJob) -> None:
 
 
 def test_a_condition_is_read_once_for_neighbours(job: SetJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """7 prompts of 2 candidates in batches of 4 and parts of 3: 2 x 2, 1 x 2, 2 x 2, 1 x 2, 1 x 2."""
+    """As far as four rows are left, of prompts as of pictures: fewer would be computed otherwise."""
     calls: list[tuple[int, int]] = []
     draw_codes = painter_module.generate
 
@@ -105,11 +106,41 @@ def test_a_condition_is_read_once_for_neighbours(job: SetJob, monkeypatch: pytes
         return draw_codes(model, cond, params, seeds=seeds)  # type: ignore[arg-type]
 
     monkeypatch.setattr(painter_module, "generate", record)
-    draw(job)
-    assert calls == [(2, 4), (1, 2), (2, 4), (1, 2), (1, 2)]
-    calls.clear()
-    draw(replace(job, batch_size=3, part_size=7))  # 0 0 1 | 1 2 2 | 3 3 4 | 4 5 5 | 6 6
-    assert calls == [(3, 3)] * 4 + [(1, 2)]
+    draw(replace(job, batch_size=8, part_size=7))  # 0 0 1 1 2 2 3 3 | 4 4 5 5 6 6
+    draw(replace(job, batch_size=5))  # 0 0 1 1 2 | 2; 3 3 4 4 5 | 5; 6 6
+    draw(replace(job, num_images=16, num_candidates=16, conditions=PROMPTS[:1], batch_size=16))
+    assert calls == [(4, 8), (6, 6), *[(5, 5), (4, 4)] * 2, (4, 4), (4, 16)]
+
+
+@pytest.mark.parametrize("kind", ["job", "classes"])
+def test_the_bits_of_logits_do_not_depend_on_batches(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Else a code changed now and then: one of a hundred pictures or so, at the bundled model's guidance."""
+    draw_codes = painter_module.generate
+    found: dict[int, Tensor] = {}
+
+    def record(model: Any, cond: Tensor, params: Any, *, seeds: list[int]) -> Tensor:
+        seen: list[Tensor] = []
+        with monkeypatch.context() as patch:
+            for name in ("prefill", "decode"):
+                method = getattr(model, name)
+                patch.setattr(model, name, lambda *args, _do=method: (seen.append(_do(*args)), seen[-1])[1])
+            codes = draw_codes(model, cond, params, seeds=seeds)
+        # (2B, V) of the prefill, (2B, 1, V) of each code after it
+        logits = torch.stack([step.reshape(len(step), -1) for step in seen], dim=1)
+        found.update({seed: logits[row] for row, seed in enumerate(seeds)})
+        return codes
+
+    monkeypatch.setattr(painter_module, "generate", record)
+    job: SetJob = replace(request.getfixturevalue(kind), part_size=7)
+    draw(replace(job, batch_size=16))
+    expected = found.copy()
+    for batch_size in (1, 3, 5):
+        found.clear()
+        draw(replace(job, batch_size=batch_size))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[seed], expected[seed]) for seed in found)
 
 
 def test_classes(classes: SetJob) -> None:
