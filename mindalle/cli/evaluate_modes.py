@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mindalle.cli.command import UsageError, say
 from mindalle.cli.evaluate_sides import (
@@ -27,19 +26,20 @@ from mindalle.cli.evaluate_sides import (
     open_reference,
     read_with_bar,
 )
-from mindalle.cli.output import RESULTS, atomic_directory, check_free, save_png
-from mindalle.data.code_cache import file_hash, identified_tokenizer, tensors_hash
+from mindalle.data.code_cache import file_hash, identified_tokenizer
 from mindalle.data.samples import Source, open_source
 from mindalle.evaluation.codebook import codebook_measures
 from mindalle.evaluation.comparison import Comparison, measure_all
 from mindalle.evaluation.features import FeatureNetwork, clip_hash
 from mindalle.evaluation.likelihood import likelihood_measures
-from mindalle.evaluation.model import Prompt, draw_pictures, measure_data, sequence_model
+from mindalle.evaluation.model import measure_data, sequence_model
 from mindalle.evaluation.moments import Moments, moments_of, save_moments
 from mindalle.evaluation.pictures import Collector, PictureSet, measure_pictures, picture_batches
 from mindalle.evaluation.reconstruction import load_perceptual, measure_reconstruction, quality_measures
+from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Context, Measure, append_results, table
-from mindalle.hub import resolve_model
+from mindalle.generation import Condition, SetJob, draw_set, plan_set
+from mindalle.generation.job import checkpoint_hash
 from mindalle.image import fit, to_tensor
 from mindalle.pipeline import Pipeline
 from mindalle.rerank import ClipReranker
@@ -87,8 +87,6 @@ def evaluate_images(args: argparse.Namespace, command: str) -> None:
     check_options(args)
     reference = open_reference(args.reference)
     metrics = choose_metrics(args, reference)
-    if not metrics and args.save_stats is None:
-        raise UsageError("there is nothing to measure: name a REFERENCE, or a CLIP with --clip")
     source = open_source(args.images)
     network, judge = load_networks(args, metrics, has_moments=args.save_stats is not None)
     if isinstance(reference, Moments):
@@ -104,39 +102,39 @@ def evaluate_images(args: argparse.Namespace, command: str) -> None:
         save_moments(args.save_stats, moments_of(pictures.vectors, **about))
         say(args.save_stats, is_note=True)
     comparison = _comparison(args, pictures, theirs, network, judge)
-    measures = measure_all(comparison, metrics, may_refuse=args.metrics is None) if metrics else []
+    measures = measure_all(comparison, metrics, may_refuse=args.metrics is None)
+    if args.save_stats is not None and not measures:
+        return
     _report(args, command, measures, pictures.about("pictures"), _about_reference(theirs, args.reference))
 
 
 def evaluate_model(args: argparse.Namespace, command: str) -> None:
     """Measure a model's likelihood of a data set, and pictures drawn from its captions against it."""
     check_options(args)
-    if args.save_images is not None:
-        check_free(args.save_images)
     source = open_source(args.data)
     metrics = choose_metrics(args, source)
     network, judge = load_networks(args, metrics)
     pipe = Pipeline.from_pretrained(args.model, device=args.device)
+    pipe.reranker = None  # one picture is drawn of each
     model, size = sequence_model(pipe), pipe.image_tokenizer.convnet.image_size
     if args.metrics is not None:
         check_listed(args, metrics, source, source, network)
     data = PictureSet(name=source.name, fingerprint=source.fingerprint)
     samples = read_with_bar(source, args.limit, "reading")
-    nats, prompts = measure_data(pipe, data, samples, Collector(network, None), batch_size=args.batch_size)
+    nats, conditions = measure_data(pipe, data, samples, Collector(network, None), batch_size=args.batch_size)
     measures = []
     if args.metrics is None or "nll" in args.metrics:
         positions = model.code_shape[0] * model.code_shape[1]
         measures = likelihood_measures(nats, num_positions=positions, num_pixels=size * size, seed=args.seed)
     if metrics or args.save_images is not None:
-        pictures = _draw(args, pipe, prompts, network, judge)
+        pictures = _draw(args, pipe, conditions, network, judge)
         comparison = _comparison(args, pictures, data, network, judge)
         measures += measure_all(comparison, metrics, may_refuse=args.metrics is None)
     subject = {
         "kind": "model",
         "name": args.model,
-        "sha256": _model_hashes(args.model, pipe),
+        "sha256": checkpoint_hash(args.model, pipe),
         "sampling": asdict(pipe.sampling.params),
-        "candidates": 1,
     }
     _report(args, command, measures, subject, data.about("data"))
 
@@ -145,16 +143,14 @@ def _measure(
     args: argparse.Namespace, source: Source, network: FeatureNetwork | None, judge: ClipReranker | None
 ) -> PictureSet:
     """Run the networks over a side."""
-
-    def prepare(picture: Image.Image) -> Image.Image:
-        return fit(picture, (args.size, args.size))
-
+    size = getattr(args, "size", None)  # a model draws pictures of its own size
+    prepare = partial(fit, size=(size, size)) if size is not None else None
     return measure_pictures(
         source,
         read_with_bar(source, args.limit, f"reading {source.name}"),
         network=network,
         judge=judge,
-        prepare=prepare if args.size is not None else None,
+        prepare=prepare,
         batch_size=args.batch_size,
     )
 
@@ -179,39 +175,28 @@ def _image_batches(
 def _draw(
     args: argparse.Namespace,
     pipe: Pipeline,
-    prompts: Sequence[Prompt],
+    conditions: Sequence[Condition],
     network: FeatureNetwork | None,
     judge: ClipReranker | None,
 ) -> PictureSet:
-    """A picture for each prompt, measured, and kept if asked for."""
-    captions: list[tuple[str, ...]] = [(prompt,) if isinstance(prompt, str) else () for prompt in prompts]
-    drawn = PictureSet(name=f"{args.model}, drawn", fingerprint="", captions=captions)
-    collector = Collector(network, judge)
+    """A picture for each condition, without choosing among candidates, kept if asked for."""
     with contextlib.ExitStack() as stack:
-        folder = None
-        if args.save_images is not None:
-            folder = stack.enter_context(atomic_directory(args.save_images))
-        bar = stack.enter_context(tqdm(total=len(prompts), desc="drawing"))
-        for batch in draw_pictures(pipe, prompts, seed=args.seed, batch_size=args.batch_size):
-            collector.add(batch)
-            if folder is not None:
-                _keep(folder, batch, prompts, int(bar.n), args.seed)
-            bar.update(len(batch))
-    collector.fill(drawn)
+        directory = args.save_images or Path(stack.enter_context(TemporaryDirectory()))
+        job = SetJob(
+            conditions=tuple(conditions),
+            directory=directory,
+            model=args.model,
+            params=pipe.sampling.params,
+            seed=args.seed,
+            is_ranked=False,
+            batch_size=args.batch_size,
+            num_threads=torch.get_num_threads(),
+            device=args.device,
+        )
+        draw_set(job, plan_set(job, pipe), pipe)
+        drawn = _measure(args, open_source(str(directory)), network, judge)
+    drawn.name = f"drawn by {args.model}"
     return drawn
-
-
-def _keep(
-    folder: Path, pictures: Sequence[Image.Image], prompts: Sequence[Prompt], first: int, seed: int
-) -> None:
-    """Add pictures to a folder that `evaluate.py images` reads."""
-    with (folder / RESULTS).open("a", encoding="utf-8") as lines:
-        for index, picture in enumerate(pictures, start=first):
-            name, prompt = f"{index:06d}.png", prompts[index]
-            key = "class_label" if isinstance(prompt, int) else "prompt"
-            save_png(folder / name, picture, {key: str(prompt)})
-            line = {"file": name, key: prompt, "seed": seed, "index": index, "score": None}
-            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _comparison(
@@ -247,18 +232,6 @@ def _about_reference(reference: PictureSet | Moments | None, name: str | None) -
     }
 
 
-def _model_hashes(name: str, pipe: Pipeline) -> dict[str, str]:
-    """SHA-256 of each part: of its file in a native checkpoint, of names and values in any other."""
-    path = resolve_model(name)
-    parts = {"image_tokenizer": pipe.image_tokenizer, "model": sequence_model(pipe)}
-    return {
-        part: file_hash(native)
-        if (native := path / f"{part}.safetensors").is_file()
-        else tensors_hash(module.state_dict())
-        for part, module in parts.items()
-    }
-
-
 def _report(
     args: argparse.Namespace,
     command: str,
@@ -266,7 +239,9 @@ def _report(
     subject: Mapping[str, Any],
     reference: Mapping[str, Any] | None,
 ) -> None:
-    """Print the results and add them to the file."""
+    """Print the results and add them to the file; raises RefusedError if there are none."""
+    if not measures:
+        raise RefusedError(f"too few pictures in {subject['name']} for anything that could be measured")
     context = Context(
         subject=subject,
         reference=reference,

@@ -15,6 +15,7 @@ COMMANDS = {
     "export": ("mindalle.cli.export", "finished training runs to a native checkpoint"),
     "encode": ("mindalle.cli.encode", "pictures to codes, once, for training a sequence model"),
     "benchmark": ("mindalle.cli.benchmark", "how fast a model draws, on this machine"),
+    "evaluate": ("mindalle.cli.evaluate", "the numbers of tokenizers, pictures and models"),
     "train-tokenizer": ("mindalle.cli.train_tokenizer", "captions to a text tokenizer"),
 }
 

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mindalle.evaluation.distances import inception_score, kernel_distances, precision_recall
-from mindalle.evaluation.features import FeatureNetwork
+from mindalle.evaluation.features import CLIP_RESIZE, FeatureNetwork
 from mindalle.evaluation.frechet import frechet_measure
 from mindalle.evaluation.intervals import Interval, mean_interval, resampled_interval
 from mindalle.evaluation.moments import Moments, moments_of
@@ -140,7 +141,7 @@ def _clip_score(comparison: Comparison) -> list[Measure]:
     similarity = (images * texts[own]).sum(dim=1)
     return [
         mean_measure(
-            "CLIP score", similarity, unit="cosine", seed=comparison.seed, network=_judge_about(comparison)
+            "CLIP score", similarity, unit="cosine", seed=comparison.seed, **_judge_about(comparison)
         )
     ]
 
@@ -159,7 +160,7 @@ def _r_precision(comparison: Comparison) -> list[Measure]:
     details = {"candidates": candidates, "distinct_captions": len(texts)}
     name = f"R-precision of {candidates}"
     about = _judge_about(comparison)
-    return [mean_measure(name, hits, seed=comparison.seed, network=about, details=details)]
+    return [mean_measure(name, hits, seed=comparison.seed, details=details, **about)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,7 @@ def measure_all(comparison: Comparison, metrics: Sequence[str], *, may_refuse: b
         The measures.
 
     Raises:
-        RefusedError: if a metric cannot be had and `may_refuse` is false, or if none can.
+        RefusedError: if a metric cannot be had and `may_refuse` is false.
     """
     measures = []
     for name in metrics:
@@ -207,8 +208,6 @@ def measure_all(comparison: Comparison, metrics: Sequence[str], *, may_refuse: b
             if not may_refuse:
                 raise
             logger.warning("left out: %s", error)
-    if not measures:
-        raise RefusedError(f"{comparison.pictures.name} gives none of {', '.join(metrics)}")
     return measures
 
 
@@ -228,6 +227,12 @@ def _both(comparison: Comparison, metric: str) -> tuple[FeatureNetwork, Tensor, 
     return network, vectors, reference.vectors
 
 
-def _judge_about(comparison: Comparison) -> dict[str, str]:
-    assert comparison.judge_hash is not None
-    return {"name": "CLIP", "sha256": comparison.judge_hash, "resize": "CLIP's own"}
+def _judge_about(comparison: Comparison) -> dict[str, Any]:
+    """The CLIP of a measure, and a warning where it judges its own choice."""
+    sha256 = comparison.judge_hash
+    assert sha256 is not None
+    warning = "these pictures were chosen by the CLIP that judges them: its numbers are too high by that"
+    return {
+        "network": {"name": "CLIP", "sha256": sha256, "resize": CLIP_RESIZE},
+        "warnings": (warning,) if sha256 in comparison.pictures.judges else (),
+    }

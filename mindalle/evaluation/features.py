@@ -32,6 +32,7 @@ INCEPTION_HASH = (
     "6726825d"  # the weights' SHA-256 begins so, as their file names of pytorch-fid and others say
 )
 INCEPTION_SIDE, EFFLITE_SIDE = 299, 224  # pixels, of the training
+CLIP_RESIZE = "CLIP's own: bicubic, antialiased, centre crop"
 NAMES = {"fd": ("FID", "FD"), "kd": ("KID", "KD"), "is": ("IS", "IS"), "rfd": ("rFID", "rFD")}
 """Metric -> what it is called with Inception, and with "NETWORK-" before it with any other."""
 
@@ -213,7 +214,7 @@ def load_clip_features(options: FeatureOptions) -> FeatureNetwork:
     return FeatureNetwork(
         name="CLIP",
         weights_hash=clip_hash(judge),
-        resize="CLIP's: bicubic, antialiased, shorter side, centre crop",
+        resize=CLIP_RESIZE,
         num_features=with_one.shape[1],
         extract=lambda pictures: Features(judge.encode_images(pictures), None),
         clip=judge,

@@ -29,14 +29,14 @@ def mean_interval(values: Tensor, *, seed: int) -> Interval | None:
         seed: of the resampling.
 
     Returns:
-        Percentiles of the means of resampled pictures; None for fewer than two.
+        Percentiles of the means of resampled pictures; None for fewer than two, or if a value is infinite, as
+        the PSNR of equal pictures is.
     """
-    if len(values) < 2:
+    if len(values) < 2 or not values.double().isfinite().all():
         return None
     numbers, rng = values.double().numpy(), np.random.default_rng(seed)
-    with np.errstate(invalid="ignore"):  # the PSNR of equal pictures is infinite
-        means = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(MEAN_RESAMPLES)]
-        low, high = np.percentile(means, [2.5, 97.5])
+    means = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(MEAN_RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
     return Interval(
         float(low), float(high), f"percentiles of the mean, {MEAN_RESAMPLES} bootstrap resamples of pictures"
     )

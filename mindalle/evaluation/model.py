@@ -1,23 +1,19 @@
-"""A whole model on a data set: the likelihood of its pictures, and a picture drawn for each of them."""
+"""A whole model on a data set: the likelihood of its pictures, and what to draw to compare with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mindalle.data.samples import Sample, Unreadable
 from mindalle.evaluation.likelihood import negative_log_likelihood
 from mindalle.evaluation.pictures import Collector, PictureSet, picture_batches
+from mindalle.generation import Condition
 from mindalle.image import fit, to_tensor
 from mindalle.pipeline import Pipeline
-from stage2_transformer import GPT, RQTransformer, generate, image_seeds
-
-Prompt: TypeAlias = str | int | None
-"""A caption, a class, or nothing, as the model draws from."""
+from stage2_transformer import GPT, RQTransformer
 
 
 def measure_data(
@@ -27,7 +23,7 @@ def measure_data(
     collector: Collector,
     *,
     batch_size: int,
-) -> tuple[Tensor, list[Prompt]]:
+) -> tuple[Tensor, list[Condition]]:
     """Read a data set once: features of its pictures, and the likelihood of their codes under a model.
 
     Pictures are cut and resized to the model's size, as in training. One without the caption or class that
@@ -41,7 +37,7 @@ def measure_data(
         batch_size: pictures at once, >= 1.
 
     Returns:
-        (n, D) nats per code, see `negative_log_likelihood`, and the prompt of each picture.
+        (n, D) nats per code, see `negative_log_likelihood`, and the condition of each picture.
 
     Raises:
         ValueError: if there is no model or no picture, or a class that the model does not know.
@@ -49,21 +45,21 @@ def measure_data(
     model = sequence_model(pipe)
     kind = model.config.condition.kind
     size, device = (pipe.image_tokenizer.convnet.image_size,) * 2, next(model.parameters()).device
-    prompts: list[Prompt] = []
+    conditions: list[Condition] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
         conditioned = (_with_condition(sample, kind) for sample in samples)
         for batch in picture_batches(conditioned, found, batch_size):
             pictures = [fit(sample.image, size) for sample in batch]
             collector.add(pictures)
-            wanted = [_prompt(sample, kind) for sample in batch]
-            prompts.extend(wanted)
+            wanted = [_condition(sample, kind) for sample in batch]
+            conditions.extend(wanted)
             images = torch.stack([to_tensor(picture) for picture in pictures])
-            yield pipe.image_tokenizer.encode(images.to(device)), encode_prompts(pipe, wanted)
+            yield pipe.image_tokenizer.encode(images.to(device)), encode_conditions(pipe, wanted)
 
     nats = negative_log_likelihood(model, batches())
     collector.fill(found)
-    return nats, prompts
+    return nats, conditions
 
 
 def sequence_model(pipe: Pipeline) -> GPT | RQTransformer:
@@ -75,36 +71,14 @@ def sequence_model(pipe: Pipeline) -> GPT | RQTransformer:
     return pipe.model
 
 
-def encode_prompts(pipe: Pipeline, prompts: Sequence[Prompt]) -> Tensor | None:
-    """Prompts as the model reads them: text ids (B, N), labels (B,), or None."""
-    conditions = [pipe.encode_condition(prompt) for prompt in prompts]
-    tensors = [condition for condition in conditions if condition is not None]
+def encode_conditions(pipe: Pipeline, conditions: Sequence[Condition]) -> Tensor | None:
+    """Conditions as the model reads them: text ids (B, N), labels (B,), or None."""
+    encoded = [pipe.encode_condition(condition) for condition in conditions]
+    tensors = [one for one in encoded if one is not None]
     return torch.cat(tensors) if tensors else None
 
 
-def draw_pictures(
-    pipe: Pipeline, prompts: Sequence[Prompt], *, seed: int, batch_size: int
-) -> Iterator[list[Image.Image]]:
-    """Draw a picture for each prompt, with the checkpoint's sampling and without choosing among candidates.
-
-    Args:
-        pipe: the model.
-        prompts: at least one.
-        seed: picture i is candidate i of this seed for its prompt, whatever the batch size.
-        batch_size: pictures at once, >= 1.
-
-    Yields:
-        Batches of pictures, in order.
-    """
-    model = sequence_model(pipe)
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        seeds = image_seeds(seed, len(batch), first)
-        codes = generate(model, encode_prompts(pipe, batch), pipe.sampling.params, seeds=seeds)
-        yield pipe.decode(codes)
-
-
-def _prompt(sample: Sample, kind: str) -> Prompt:
+def _condition(sample: Sample, kind: str) -> Condition:
     return sample.captions[0] if kind == "text" else sample.label if kind == "class" else None
 
 

@@ -34,6 +34,7 @@ class PictureSet:
     clip: Tensor | None = None  # (n, C'), unit vectors of the CLIP that judges
     captions: list[tuple[str, ...]] = field(default_factory=list)  # of each picture
     unreadable: list[Unreadable] = field(default_factory=list)  # pictures that are not among the n
+    judges: frozenset[str] = frozenset()  # SHA-256 of the weights of who chose the pictures among candidates
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -72,10 +73,15 @@ def read_samples(source: Source, limit: int | None = None) -> Iterator[Sample | 
     samples: Iterator[Sample | Unreadable] = (
         sample for part in range(source.num_parts) for sample in source.read(part)
     )
-    results = Path(source.name, RESULTS)
-    if results.is_file():
-        samples = _listed(samples, _read_prompts(results))
-    yield from islice(samples, limit)
+    rows = _drawn_rows(source)
+    yield from islice(samples if rows is None else _listed(samples, rows), limit)
+
+
+def judges_of(source: Source) -> frozenset[str]:
+    """SHA-256 of the weights of the CLIP or classifier that chose the pictures of a folder, if one did."""
+    settings = [row.get("settings") for row in (_drawn_rows(source) or {}).values()]
+    found = [setting.get("judge_sha256") for setting in settings if isinstance(setting, dict)]
+    return frozenset(judge for judge in found if isinstance(judge, str))
 
 
 def measure_pictures(
@@ -103,7 +109,7 @@ def measure_pictures(
     Raises:
         ValueError: if none of the pictures can be read.
     """
-    found = PictureSet(name=source.name, fingerprint=source.fingerprint)
+    found = PictureSet(name=source.name, fingerprint=source.fingerprint, judges=judges_of(source))
     collector = Collector(network, judge)
     for batch in picture_batches(samples, found, batch_size):
         collector.add([prepare(one.image) if prepare is not None else one.image for one in batch])
@@ -177,32 +183,38 @@ def _readable(samples: Iterable[Sample | Unreadable], unreadable: list[Unreadabl
 
 
 def _listed(
-    samples: Iterable[Sample | Unreadable], prompts: Mapping[str, tuple[str, ...]]
+    samples: Iterable[Sample | Unreadable], rows: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Sample | Unreadable]:
     """The pictures that results.jsonl lists, with their prompts: beside them lie sheets and previews."""
-    missing = dict(prompts)
+    missing = dict(rows)
     for sample in samples:
-        prompt = missing.pop(sample.key, None)
-        if prompt is None:
-            continue
-        if isinstance(sample, Sample):
-            yield Sample(sample.key, sample.image, prompt, sample.label)
-        else:
+        row = missing.pop(sample.key, None)
+        if row is not None and isinstance(sample, Sample):
+            yield Sample(sample.key, sample.image, clean_captions(row.get("prompt")), sample.label)
+        elif row is not None:
             yield sample
     for key in missing:
         yield Unreadable(key, f"{RESULTS} lists it, but there is no such file")
 
 
-def _read_prompts(path: Path) -> dict[str, tuple[str, ...]]:
-    """File -> its prompt, or () for a picture that was drawn without."""
-    prompts: dict[str, tuple[str, ...]] = {}
+def _drawn_rows(source: Source) -> dict[str, Mapping[str, Any]] | None:
+    """File -> its line of results.jsonl; None where there is none.
+
+    Raises:
+        ValueError: if a line cannot be understood.
+    """
+    path = Path(source.name, RESULTS)
+    if not path.is_file():
+        return None
+    rows: dict[str, Mapping[str, Any]] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("file"), str):
                     raise ValueError(f"expected an object with a file, got {line[:80]!r}")
-                prompts[row["file"]] = clean_captions(row.get("prompt"))
-            except (ValueError, RecursionError) as error:  # noqa: PERF203  (names the line)
+                clean_captions(row.get("prompt"))
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
-    return prompts
+            rows[row["file"]] = row
+    return rows

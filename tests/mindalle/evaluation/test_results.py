@@ -27,6 +27,7 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
     assert mean_interval(values, seed=0) == interval
     assert mean_interval(values, seed=1) != interval
     assert mean_interval(values[:1], seed=0) is None
+    assert mean_interval(torch.tensor([1.0, math.inf]), seed=0) is None
 
 
 def test_the_interval_of_a_mean_holds_it() -> None:
