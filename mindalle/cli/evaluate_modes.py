@@ -34,13 +34,20 @@ from mindalle.evaluation.features import FeatureNetwork, clip_hash
 from mindalle.evaluation.likelihood import likelihood_measures
 from mindalle.evaluation.model import measure_data, sequence_model
 from mindalle.evaluation.moments import Moments, moments_of, save_moments
-from mindalle.evaluation.pictures import Collector, PictureSet, measure_pictures, picture_batches
+from mindalle.evaluation.pictures import (
+    Collector,
+    PictureSet,
+    measure_pictures,
+    picture_batches,
+    square,
+    squared,
+)
 from mindalle.evaluation.reconstruction import load_perceptual, measure_reconstruction, quality_measures
 from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Context, Measure, append_results, table
 from mindalle.generation import Condition, SetJob, draw_set, plan_set
 from mindalle.generation.job import checkpoint_hash
-from mindalle.image import fit, to_tensor
+from mindalle.image import to_tensor
 from mindalle.pipeline import Pipeline
 from mindalle.rerank import ClipReranker
 from stage1_vqgan import RQVAE
@@ -59,10 +66,11 @@ def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
     has_perceptual = "perceptual" in wanted and args.perceptual != "none"
     perceptual = load_perceptual(args.perceptual, args.device) if has_perceptual else None
     network = network_of_reconstructions(args, source) if "rfd" in wanted else None
-    data = PictureSet(name=source.name, fingerprint=source.fingerprint)
+    size = tokenizer.convnet.image_size
+    data = PictureSet(name=source.name, fingerprint=source.fingerprint, prepared=squared(size))
     found = measure_reconstruction(
         tokenizer,
-        _image_batches(args, source, data, tokenizer),
+        _image_batches(args, source, data, size),
         perceptual=perceptual,
         network=network,
         has_all_depths=args.depths,
@@ -119,7 +127,7 @@ def evaluate_model(args: argparse.Namespace, command: str) -> None:
     model, size = sequence_model(pipe), pipe.image_tokenizer.convnet.image_size
     if args.metrics is not None:
         check_listed(args, metrics, source, source, network)
-    data = PictureSet(name=source.name, fingerprint=source.fingerprint)
+    data = PictureSet(name=source.name, fingerprint=source.fingerprint, prepared=squared(size))
     samples = read_with_bar(source, args.limit, "reading")
     nats, conditions = measure_data(pipe, data, samples, Collector(network, None), batch_size=args.batch_size)
     measures = []
@@ -144,15 +152,17 @@ def _measure(
 ) -> PictureSet:
     """Run the networks over a side."""
     size = getattr(args, "size", None)  # a model draws pictures of its own size
-    prepare = partial(fit, size=(size, size)) if size is not None else None
-    return measure_pictures(
+    found = measure_pictures(
         source,
         read_with_bar(source, args.limit, f"reading {source.name}"),
         network=network,
         judge=judge,
-        prepare=prepare,
+        prepare=partial(square, size=size) if size is not None else None,
         batch_size=args.batch_size,
     )
+    if size is not None:
+        found.prepared = squared(size)
+    return found
 
 
 def _codebook_sizes(tokenizer: QuantizedAutoencoder) -> tuple[int, ...]:
@@ -162,14 +172,11 @@ def _codebook_sizes(tokenizer: QuantizedAutoencoder) -> tuple[int, ...]:
     return (tokenizer.codebook_size,)
 
 
-def _image_batches(
-    args: argparse.Namespace, source: Source, data: PictureSet, tokenizer: QuantizedAutoencoder
-) -> Iterator[Tensor]:
+def _image_batches(args: argparse.Namespace, source: Source, data: PictureSet, size: int) -> Iterator[Tensor]:
     """The pictures of a data set as a tokenizer takes them."""
-    size = (tokenizer.convnet.image_size,) * 2
     samples = read_with_bar(source, args.limit, "reconstructing")
     for batch in picture_batches(samples, data, args.batch_size):
-        yield torch.stack([to_tensor(fit(sample.image, size)) for sample in batch]).to(args.device)
+        yield torch.stack([to_tensor(square(sample.image, size)) for sample in batch]).to(args.device)
 
 
 def _draw(

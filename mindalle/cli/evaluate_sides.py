@@ -19,7 +19,16 @@ from mindalle.rerank import ClipReranker
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded."""
+    """Refuse what cannot work before anything is loaded.
+
+    Args:
+        args: of any mode.
+
+    Raises:
+        UsageError: if options contradict each other.
+        ValueError: if there is no such device, or --out is no file of results.
+        OSError: if a file cannot be written where it is to be.
+    """
     check_device(args.device)
     if args.features == "clip" and args.clip is None:
         raise UsageError("--features clip takes a CLIP: name it with --clip")
@@ -38,8 +47,15 @@ def check_options(args: argparse.Namespace) -> None:
 def choose_metrics(args: argparse.Namespace, reference: Source | Moments | None) -> list[str]:
     """The metrics that were asked for, or all that can be had.
 
+    Args:
+        args: of `images` or `model`.
+        reference: that is compared with.
+
+    Returns:
+        Keys of `METRICS`.
+
     Raises:
-        UsageError: if one that was asked for lacks something, or none can be had.
+        UsageError: if one that was asked for lacks something.
     """
     lacking = {name: _lack(name, args, reference) for name in METRICS}
     if args.metrics is not None:
@@ -67,7 +83,21 @@ def _lack(name: str, args: argparse.Namespace, reference: Source | Moments | Non
 def load_networks(
     args: argparse.Namespace, metrics: Sequence[str], *, has_moments: bool = False
 ) -> tuple[FeatureNetwork | None, ClipReranker | None]:
-    """The feature network and the judge, where a metric needs them."""
+    """Load the feature network and the judge, where a metric needs them.
+
+    Args:
+        args: of `images` or `model`.
+        metrics: of `choose_metrics`.
+        has_moments: whether statistics of features are wanted besides.
+
+    Returns:
+        Network and judge; None where none is needed.
+
+    Raises:
+        ImportError: if a package is missing.
+        FileNotFoundError: if weights cannot be had.
+        ValueError: if they are damaged.
+    """
     network = judge = None
     if has_moments or any(METRICS[name].needs_features for name in metrics):
         network = FEATURES[args.features](_feature_options(args))
@@ -84,7 +114,18 @@ def _feature_options(args: argparse.Namespace) -> FeatureOptions:
 
 
 def network_of_reconstructions(args: argparse.Namespace, source: Source) -> FeatureNetwork | None:
-    """The feature network; None if there are too few pictures for it and rFID was not asked for."""
+    """Load the feature network for an rFID.
+
+    Args:
+        args: of `reconstruct`.
+        source: that is reconstructed.
+
+    Returns:
+        None if there are too few pictures for it and it was not asked for.
+
+    Raises:
+        RefusedError: if it was.
+    """
     network = FEATURES[args.features](_feature_options(args))
     listed = count_listed(source, args.limit)
     if listed is None:
@@ -104,7 +145,18 @@ def check_listed(
     reference: Source | Moments | None,
     network: FeatureNetwork | None,
 ) -> None:
-    """Raise RefusedError, before networks run, if there are too few pictures for what was asked for."""
+    """Refuse, before networks run, what there are too few pictures for; those that are damaged may be more.
+
+    Args:
+        args: of `images` or `model`.
+        metrics: that were asked for.
+        source: that is measured.
+        reference: that it is compared with.
+        network: of the features.
+
+    Raises:
+        RefusedError: says how many it takes.
+    """
     count = count_listed(source, args.limit)
     if count is None:
         return
@@ -134,7 +186,16 @@ def open_reference(name: str | None) -> Source | Moments | None:
 
 
 def check_moments(moments: Moments, network: FeatureNetwork | None, name: str) -> None:
-    """Refuse statistics of another network or resize rule, as far as the file tells."""
+    """Refuse statistics of another network or resize rule, as far as the file tells.
+
+    Args:
+        moments: of the file.
+        network: of the other side.
+        name: of the file.
+
+    Raises:
+        ValueError: says what differs.
+    """
     if network is None:
         return
     if len(moments.mu) != network.num_features:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mindalle.data.samples import Sample, Unreadable
 from mindalle.evaluation.likelihood import negative_log_likelihood
-from mindalle.evaluation.pictures import Collector, PictureSet, picture_batches
+from mindalle.evaluation.pictures import Collector, PictureSet, picture_batches, square
 from mindalle.generation import Condition
-from mindalle.image import fit, to_tensor
+from mindalle.image import to_tensor
 from mindalle.pipeline import Pipeline
 from stage2_transformer import GPT, RQTransformer
 
@@ -44,13 +44,13 @@ def measure_data(
     """
     model = sequence_model(pipe)
     kind = model.config.condition.kind
-    size, device = (pipe.image_tokenizer.convnet.image_size,) * 2, next(model.parameters()).device
+    size, device = pipe.image_tokenizer.convnet.image_size, next(model.parameters()).device
     conditions: list[Condition] = []
 
     def batches() -> Iterator[tuple[Tensor, Tensor | None]]:
         conditioned = (_with_condition(sample, kind) for sample in samples)
         for batch in picture_batches(conditioned, found, batch_size):
-            pictures = [fit(sample.image, size) for sample in batch]
+            pictures = [square(sample.image, size) for sample in batch]
             collector.add(pictures)
             wanted = [_condition(sample, kind) for sample in batch]
             conditions.extend(wanted)

@@ -16,6 +16,7 @@ from checkpoint_io import atomic_path
 MAX_FEATURES = 8192  # a covariance of 512 MB: no network here gives more, and a header can claim anything
 KNOWN: dict[str, type[Any]] = {"num_images": int, "features_sha256": str, "resize": str}
 """What our files say beside mu and sigma."""
+CHUNK = 4096  # pictures whose features are in memory as float64 at once
 ASYMMETRY = 1e-3  # of the largest entry: float32 covariances are off by 1e-6
 
 
@@ -46,11 +47,13 @@ def moments_of(features: Tensor, *, features_hash: str | None = None, resize: st
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"a covariance needs features (n, C) with n >= 2, got {tuple(features.shape)}")
-    vectors = features.double()
-    mu = vectors.mean(dim=0)
-    centred = vectors - mu
-    sigma = centred.T @ centred / (len(vectors) - 1)
-    return Moments(mu=mu, sigma=sigma, num_images=len(vectors), features_hash=features_hash, resize=resize)
+    mu = features.mean(dim=0, dtype=torch.float64)
+    sigma = torch.zeros(len(mu), len(mu), dtype=torch.float64)
+    for rows in torch.split(features, CHUNK):
+        centred = rows.double() - mu
+        sigma += centred.T @ centred
+    sigma /= len(features) - 1
+    return Moments(mu=mu, sigma=sigma, num_images=len(features), features_hash=features_hash, resize=resize)
 
 
 def save_moments(path: str | Path, moments: Moments) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mindalle.data.samples import Sample, Source, Unreadable, clean_captions
 from mindalle.evaluation.features import FeatureNetwork
+from mindalle.image import fit
 from mindalle.rerank import ClipReranker
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class PictureSet:
 
     name: str
     fingerprint: str
+    prepared: str = "as they are"  # how pictures were resized and cut before any network saw them
     vectors: Tensor | None = None  # (n, C), of the feature network
     logits: Tensor | None = None  # (n, classes)
     clip: Tensor | None = None  # (n, C'), unit vectors of the CLIP that judges
@@ -49,6 +51,7 @@ class PictureSet:
             "kind": kind,
             "name": self.name,
             "fingerprint": self.fingerprint,
+            "prepared": self.prepared,
             "num_images": len(self),
             "num_unreadable": len(self.unreadable),
             "unreadable": [f"{one.key}: {one.reason}" for one in self.unreadable[:NUM_NAMED]],
@@ -109,12 +112,26 @@ def measure_pictures(
     Raises:
         ValueError: if none of the pictures can be read.
     """
-    found = PictureSet(name=source.name, fingerprint=source.fingerprint, judges=judges_of(source))
+    found = PictureSet(
+        name=source.name,
+        fingerprint=source.fingerprint,
+        judges=judges_of(source),
+    )
     collector = Collector(network, judge)
     for batch in picture_batches(samples, found, batch_size):
-        collector.add([prepare(one.image) if prepare is not None else one.image for one in batch])
+        collector.add([one.image if prepare is None else prepare(one.image) for one in batch])
     collector.fill(found)
     return found
+
+
+def square(picture: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` pixels and cut the centre out, as in training."""
+    return fit(picture, (size, size))
+
+
+def squared(size: int) -> str:
+    """What `square` does, for a record."""
+    return f"{size}x{size}: shorter side, PIL bicubic, antialiased; centre crop"
 
 
 def picture_batches(

@@ -185,6 +185,7 @@ def test_model(mindalle: Command, text_model: Path, clip: Path, sets: Path, tmp_
     arguments = (drawn, sets / "real", "--size", 16, "--limit", 30, *network, "--out", again)
     assert mindalle("evaluate", "images", *arguments).code == 0
     for name, record in read(again).items():
+        assert record["subject"]["prepared"] == "16x16: shorter side, PIL bicubic, antialiased; centre crop"
         assert record["value"] == pytest.approx(found[name]["value"], rel=1e-4)
         assert record["num_images"] == 30
 

@@ -19,7 +19,7 @@ from mindalle.evaluation.distances import frechet_distance
 from mindalle.evaluation.features import FeatureNetwork, Features
 from mindalle.evaluation.frechet import frechet_measure
 from mindalle.evaluation.moments import moments_of
-from mindalle.evaluation.pictures import PictureSet, measure_pictures, read_samples
+from mindalle.evaluation.pictures import PictureSet, measure_pictures, read_samples, square
 from mindalle.evaluation.refusal import RefusedError, check_count, refusal
 from mindalle.evaluation.results import Measure
 from mindalle.image import to_tensor
@@ -247,6 +247,6 @@ def test_limit_and_size(tmp_path: Path) -> None:
         read_samples(source, 2),
         network=network(extract=look),
         judge=None,
-        prepare=lambda picture: picture.resize((8, 8)),
+        prepare=lambda picture: square(picture, 8),
     )
     assert (len(found), sizes) == (2, [(8, 8), (8, 8)])
