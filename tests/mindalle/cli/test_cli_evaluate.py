@@ -207,6 +207,37 @@ def test_likelihood_alone_draws_nothing(mindalle: Command, checkpoints: Path, tm
     assert reference["unreadable"][0].startswith("class0/bad.png: not a picture")
 
 
+@pytest.mark.parametrize("name", ["rq-class", "rq-free"])
+def test_models_without_text(
+    mindalle: Command, checkpoints: Path, clip: Path, tmp_path: Path, name: str
+) -> None:
+    """A picture for each class or for nothing; CLIP has no captions to judge by."""
+    write_pictures(tmp_path / "set", [f"class{index % 2}/{index}.png" for index in range(4)])
+    arguments = (
+        "evaluate",
+        "model",
+        checkpoints / name,
+        tmp_path / "set",
+        "--features",
+        "clip",
+        "--clip",
+        clip,
+    )
+    result = mindalle(
+        *arguments, "--feature-dims", 2, "--save-images", tmp_path / "drawn", "--out", tmp_path / "r.json"
+    )
+    assert result.code == 0, result.err
+    found = read(tmp_path / "r.json")
+    assert (found["CLIP-FD-2"]["num_images"], found["CLIP-FD-2"]["num_reference"]) == (4, 4)
+    assert "CLIP score" not in found
+    assert any("has no captions, which CLIP scores are of" in line for line in result.err)
+    drawn = open_source(str(tmp_path / "drawn"))
+    assert drawn.classes == (tuple(map(str, range(10))) if name == "rq-class" else ())
+    result = mindalle(*arguments, "--metrics", "clip_score")
+    assert result.code == 1
+    assert "has no captions" in result.err[-1]
+
+
 def test_shards(mindalle: Command, clip: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "set-0000.tar", range(20))
     write_shard(tmp_path / "set-0001.tar", range(20, 24))
