@@ -6,7 +6,7 @@ The workers draw and the driver writes, so that they need the model but no disk 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindalle.generation.formats import write_part
@@ -47,6 +47,7 @@ def draw_on_ray(
 
     Raises:
         ImportError: if Ray is missing.
+        ValueError: if there are not as many CPUs, or no GPU.
         ConnectionError: if there is no cluster, and none can be started.
         ChildProcessError: if Ray gives up on a process.
     """
@@ -61,13 +62,14 @@ def draw_on_ray(
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises any kind, of a cluster out of reach as of one that is slow
         raise ConnectionError(f"Ray cannot be reached or started: {_reason(error)}") from error
+    _check_resources(ray.cluster_resources(), plan)
     ray.data.DataContext.get_current().enable_progress_bars = False
     parts = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     drawn = parts.map(
         RayPainter,
         fn_constructor_args=(job, plan),
         compute=ray.data.ActorPoolStrategy(size=min(num_processes, len(numbers))),
-        num_cpus=job.num_threads,
+        num_cpus=plan.num_threads,
         num_gpus=1 if plan.device == "cuda" else 0,
     )
     try:
@@ -77,6 +79,17 @@ def draw_on_ray(
             count(len(plan.part(int(row["number"]))) * plan.num_candidates)
     except ray.exceptions.RayError as error:
         raise ChildProcessError(f"Ray gave up: {_reason(error)}; what is finished is kept") from error
+
+
+def _check_resources(found: Mapping[str, float], plan: SetPlan) -> None:
+    """Refuse what Ray would wait for without end."""
+    if plan.device == "cuda" and not found.get("GPU"):
+        raise ValueError("--device cuda: no machine of Ray's has a GPU; use --device cpu")
+    if found.get("CPU", 0) < plan.num_threads:
+        raise ValueError(
+            f"--num-threads must be at most {found.get('CPU', 0):g}, as many CPUs as Ray has, "
+            f"got {plan.num_threads}"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -33,6 +33,15 @@ def test_the_same_bytes(ranked: SetJob, tmp_path: Path, file_format: str) -> Non
     assert contents(on_ray.directory) == contents(ranked.directory)
 
 
+def test_more_than_the_machine_has(job: SetJob) -> None:
+    """Ray would wait for it without end and without a word."""
+    many = replace(job, num_threads=10_000)
+    with pytest.raises(
+        ValueError, match=r"--num-threads must be at most \d+, as many CPUs as Ray has, got 10000"
+    ):
+        draw_set(many, plan_set(many, many.load()), use_ray=True)
+
+
 def test_an_error_in_a_worker_is_one_line(job: SetJob) -> None:
     plan = plan_set(job, job.load())
     with pytest.raises(
