@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mindalle.cli.command import UsageError, say
+from mindalle.cli.evaluate import RECONSTRUCTION_METRICS
 from mindalle.cli.evaluate_sides import (
     check_listed,
     check_moments,
@@ -25,11 +26,12 @@ from mindalle.cli.evaluate_sides import (
     network_of_reconstructions,
     open_reference,
     read_with_bar,
+    resize_rule,
 )
 from mindalle.data.code_cache import file_hash, identified_tokenizer
 from mindalle.data.samples import Source, open_source
 from mindalle.evaluation.codebook import codebook_measures
-from mindalle.evaluation.comparison import Comparison, measure_all
+from mindalle.evaluation.comparison import METRICS, Comparison, measure_all
 from mindalle.evaluation.features import FeatureNetwork, clip_hash
 from mindalle.evaluation.likelihood import likelihood_measures
 from mindalle.evaluation.model import measure_data, sequence_model
@@ -62,7 +64,7 @@ def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
     tokenizer.to(args.device)
     if args.depths and len(tokenizer.code_shape) == 2:
         raise UsageError("--depths is for residual codes (RQ-VAE): this tokenizer has one code per position")
-    wanted = set(args.metrics or ("pixels", "perceptual", "rfd", "codebook"))
+    wanted = set(args.metrics or RECONSTRUCTION_METRICS)
     has_perceptual = "perceptual" in wanted and args.perceptual != "none"
     perceptual = load_perceptual(args.perceptual, args.device) if has_perceptual else None
     network = network_of_reconstructions(args, source) if "rfd" in wanted else None
@@ -98,16 +100,17 @@ def evaluate_images(args: argparse.Namespace, command: str) -> None:
     source = open_source(args.images)
     network, judge = load_networks(args, metrics, has_moments=args.save_stats is not None)
     if isinstance(reference, Moments):
-        check_moments(reference, network, args.reference)
+        check_moments(reference, network, args.reference, args.size)
     if args.metrics is not None:
         check_listed(args, metrics, source, reference, network)
     pictures = _measure(args, source, network, judge)
     theirs: PictureSet | Moments | None = None
-    if reference is not None:
+    if reference is not None and any(METRICS[name].needs_reference for name in metrics):
         theirs = reference if isinstance(reference, Moments) else _measure(args, reference, network, None)
     if args.save_stats is not None and network is not None and pictures.vectors is not None:
-        about = {"features_hash": network.weights_hash, "resize": network.resize}
-        save_moments(args.save_stats, moments_of(pictures.vectors, **about))
+        rule = resize_rule(network, args.size)
+        moments = moments_of(pictures.vectors, features_hash=network.weights_hash, resize=rule)
+        save_moments(args.save_stats, moments)
         say(args.save_stats, is_note=True)
     comparison = _comparison(args, pictures, theirs, network, judge)
     measures = measure_all(comparison, metrics, may_refuse=args.metrics is None)

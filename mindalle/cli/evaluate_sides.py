@@ -12,7 +12,7 @@ from mindalle.data.samples import Sample, Source, Unreadable, open_source
 from mindalle.evaluation.comparison import METRICS
 from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
 from mindalle.evaluation.moments import Moments, load_moments
-from mindalle.evaluation.pictures import read_samples
+from mindalle.evaluation.pictures import read_samples, squared
 from mindalle.evaluation.refusal import RefusedError, check_count, refusal
 from mindalle.evaluation.results import read_results
 from mindalle.rerank import ClipReranker
@@ -185,13 +185,19 @@ def open_reference(name: str | None) -> Source | Moments | None:
     return load_moments(name) if name.endswith(".npz") else open_source(name)
 
 
-def check_moments(moments: Moments, network: FeatureNetwork | None, name: str) -> None:
+def resize_rule(network: FeatureNetwork, size: int | None) -> str:
+    """How pictures reach a network when `images --size` cuts them before; None = it does not."""
+    return network.resize if size is None else f"{network.resize}; before that {squared(size)}"
+
+
+def check_moments(moments: Moments, network: FeatureNetwork | None, name: str, size: int | None) -> None:
     """Refuse statistics of another network or resize rule, as far as the file tells.
 
     Args:
         moments: of the file.
         network: of the other side.
         name: of the file.
+        size: of --size.
 
     Raises:
         ValueError: says what differs.
@@ -205,7 +211,7 @@ def check_moments(moments: Moments, network: FeatureNetwork | None, name: str) -
         )
     for what, theirs, ours in (
         ("network", moments.features_hash, network.weights_hash),
-        ("resize rule", moments.resize, network.resize),
+        ("resize rule", moments.resize, resize_rule(network, size)),
     ):
         if theirs is not None and theirs != ours:
             raise ValueError(f"{name} was made with another {what}: {theirs}, expected {ours}")

@@ -122,6 +122,11 @@ def test_statistics_there_and_back(mindalle: Command, clip: Path, sets: Path, tm
     assert result.code == 1
     assert "real.npz was made with another network" in result.err[-1]
 
+    result = mindalle("evaluate", "images", sets / "drawn", stats, *network, "--size", 8)
+    assert result.code == 1
+    assert "real.npz was made with another resize rule: CLIP's own" in result.err[-1]
+    assert "before that 8x8: shorter side" in result.err[-1]
+
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
     result = mindalle("evaluate", "images", sets / "drawn", tmp_path / "small.npz", *network)
     assert "small.npz is of 3 features, CLIP has 16: choose the network" in result.err[-1]
