@@ -20,6 +20,7 @@ from mindalle.rerank import ClipReranker
 from mindalle.text import TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage2_transformer import GPT, RQTransformer, SamplingParams, image_seeds, iterate_codes
+from stage2_transformer.compiled import compile_steps
 from stage2_transformer.precision import check_precision, precision_of
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Pipeline:
         clip: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
         use_ema: bool = False,
+        compile: bool = False,
     ) -> Pipeline:
         """Load a pipeline.
 
@@ -84,6 +86,7 @@ class Pipeline:
                 if any.
             text_tokenizer: file or directory, where it is not with the checkpoint.
             use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
+            compile: decode through torch.compile, see `stage2_transformer.compiled`; for GPUs.
 
         Returns:
             The pipeline, in evaluation mode.
@@ -103,9 +106,12 @@ class Pipeline:
                 logger.info("precision %s, chosen by device and size; fp32 is exact, and slower", chosen)
         if clip is None and (path / "clip.safetensors").is_file():
             clip = path
+        model = checkpoint.model.to(device) if checkpoint.model is not None else None
+        if model is not None and compile:
+            compile_steps(model)
         return cls(
             checkpoint.image_tokenizer.to(device),
-            checkpoint.model.to(device) if checkpoint.model is not None else None,
+            model,
             checkpoint.text_tokenizer,
             ClipReranker.from_pretrained(clip, device=device) if clip is not None else None,
             checkpoint.sampling,

@@ -21,6 +21,8 @@ class KVCache:
         capacity: S, entries per row.
         head_width: hd.
         like: a tensor with the dtype and device to use.
+        is_static: steps attend to all S entries, most of them masked, and so all have one shape: for compiled
+            code, which would be compiled again for every other shape.
     """
 
     def __init__(
@@ -32,12 +34,17 @@ class KVCache:
         capacity: int,
         head_width: int,
         like: Tensor,
+        is_static: bool = False,
     ) -> None:
         shape = (num_layers, batch_size, num_heads, capacity, head_width)
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
         self.batch_size = batch_size
         self.capacity = capacity
+        self.is_static = is_static
+        if is_static:  # CUDA graphs may write to it
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
         self.prompt_length = 0  # entries before the first code
         self.lengths = [0] * batch_size  # entries of each row
 
@@ -147,10 +154,12 @@ class DecodeStep:
         first_visible: Sequence[Sequence[int]],
     ) -> None:
         self.cache = cache
-        self.is_uniform = rows == list(range(cache.batch_size)) and len(set(starts)) == 1
+        self.has_all_rows = rows == list(range(cache.batch_size))
+        self.is_uniform = self.has_all_rows and len(set(starts)) == 1 and not cache.is_static
         self.start = starts[0]
-        self.begin = min(min(row) for row in first_visible)
-        self.end = max(starts) + num_new
+        self.begin, self.end = min(min(row) for row in first_visible), max(starts) + num_new
+        if cache.is_static:
+            self.begin, self.end = 0, cache.capacity
         self.mask: Tensor | None = None
         if self.is_uniform and num_new == 1:
             return  # the one new entry of each row sees the whole slice
@@ -173,7 +182,9 @@ class DecodeStep:
         rows = self.rows[:, None]  # (R, 1), with positions (R, n) -> (R, n, nh, hd)
         all_keys[rows, :, self.positions] = keys.transpose(1, 2)
         all_values[rows, :, self.positions] = values.transpose(1, 2)
-        return all_keys[self.rows, :, self.begin : self.end], all_values[self.rows, :, self.begin : self.end]
+        if not self.has_all_rows:
+            all_keys, all_values = all_keys[self.rows], all_values[self.rows]
+        return all_keys[:, :, self.begin : self.end], all_values[:, :, self.begin : self.end]
 
 
 class RQCache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,6 +137,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recomputes_blocks = False
+        self.compiled_step: Callable[[Tensor, DecodeStep], Tensor] | None = None  # see `compile_steps`
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def cache_bytes(self, capacity: int) -> int:
@@ -153,6 +154,7 @@ class Transformer(nn.Module):
             capacity=capacity,
             head_width=self.config.head_width,
             like=next(self.parameters()),
+            is_static=self.compiled_step is not None,
         )
 
     def forward(self, x: Tensor, step: PromptStep | DecodeStep | None = None) -> Tensor:
@@ -165,6 +167,12 @@ class Transformer(nn.Module):
         Returns:
             (B, n, C); causal, entry i depends on entries up to i only.
         """
+        if self.compiled_step is not None and isinstance(step, DecodeStep):
+            return self.compiled_step(x, step).clone()  # the next replay of a CUDA graph writes to its place
+        return self.run_blocks(x, step)
+
+    def run_blocks(self, x: Tensor, step: PromptStep | DecodeStep | None) -> Tensor:
+        """`forward` as it is written, compiled or not."""
         recomputes = self.recomputes_blocks and self.training and step is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             if recomputes:  # with the random numbers of the first time, so that dropout is the same

@@ -80,6 +80,7 @@ def add_model_options(parser: Parser) -> None:
         default="auto",
         help="of the transformer; auto: by device and size (auto)",
     )
+    add("--compile", action="store_true", help="compile decoding: for GPUs; slow to start, not in int8")
 
 
 def add_sampling_options(parser: Parser) -> argparse._ArgumentGroup:
@@ -136,6 +137,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--complete IMAGE and --keep-rows N go together")
     if args.no_rerank and args.clip is not None:
         raise UsageError("--clip and --no-rerank contradict each other: leave one out")
+    if args.compile and args.precision == "int8":
+        raise UsageError("--compile is for --precision fp32, bf16 or fp16, got int8: leave one out")
     if args.num_candidates is not None and args.num_candidates < args.num_images:
         raise UsageError(
             f"--num-candidates must be at least --num-images = {args.num_images}, got {args.num_candidates}"
@@ -185,6 +188,7 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
         clip=args.clip,
         text_tokenizer=args.text_tokenizer,
         use_ema=args.ema,
+        compile=args.compile,
     )
     if args.no_rerank:
         pipe.reranker = None

@@ -319,6 +319,17 @@ def test_checkpoint_options_reach_the_loader(generate: Command, checkpoints: Pat
     assert not any("BPE" in line for line in with_words.err)  # no guess was needed
 
 
+def test_compile_reaches_the_model(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = generate(*PROMPT, "--seed", 0)
+    compiled: list[object] = []
+    monkeypatch.setattr("mindalle.pipeline.compile_steps", compiled.append)
+    assert pixels(generate(*PROMPT, "--seed", 0, "--compile").paths[0]) == pixels(plain.paths[0])
+    assert len(compiled) == 1
+    refused = generate(*PROMPT, "--compile", "--precision", "int8")
+    assert refused.code == 2
+    assert "--compile is for --precision fp32, bf16 or fp16, got int8: leave one out" in refused.err[-1]
+
+
 def test_the_bar_shows_codes_per_second_over_all_prompts(generate: Command) -> None:
     result = generate(*PROMPT, "--prompt", "a green car", "--num-images", 3, "--batch-size", 2, "--seed", 0)
     bars = [line for line in result.err if "codes/s" in line]
