@@ -201,6 +201,7 @@ def _job(
         num_candidates=num_candidates,
         seed=args.seed,
         precision=precision_of(pipe.model) if pipe.model is not None else args.precision,
+        compile=args.compile,
         use_ema=args.ema,
         text_tokenizer=args.text_tokenizer,
         clip=args.clip,

@@ -38,6 +38,7 @@ class SetJob:
     num_candidates: int = 1  # drawn of each, >= num_images; more need a judge
     seed: int = 0
     precision: str = "fp32"  # of the sequence model
+    compile: bool = False  # decode through torch.compile, for GPUs
     use_ema: bool = False  # the averaged weights of an rq-vae checkpoint
     text_tokenizer: str | None = None  # where it is not with the checkpoint
     clip: str | None = None  # that judges; None = the checkpoint's own, if any
@@ -73,6 +74,7 @@ class SetJob:
             clip=self.clip,
             text_tokenizer=self.text_tokenizer,
             use_ema=self.use_ema,
+            compile=self.compile,
         )
         if not self.is_ranked:
             pipe.reranker = None
@@ -90,7 +92,9 @@ class SetPlan(Plan):
     model: str  # SHA-256 of the checkpoint
     use_ema: bool
     precision: str
+    pixels: str  # type that they are decoded in, which follows from the precision and the processor
     device: str  # "cpu" or "cuda"
+    is_compiled: bool
     num_threads: int
     params: dict[str, Any]  # fields of the SamplingParams
     seed: int
@@ -142,6 +146,8 @@ def plan_set(job: SetJob, pipe: Pipeline) -> SetPlan:
         model=checkpoint_hash(job.model, pipe),
         use_ema=job.use_ema,
         precision=job.precision,
+        pixels=str(next(pipe.image_tokenizer.decoder.parameters()).dtype),
+        is_compiled=job.compile,
         device=torch.device(job.device).type,
         num_threads=job.num_threads,
         params=asdict(job.params),

@@ -137,11 +137,13 @@ def test_a_set_of_nothing_in_particular(generate_set: Command, checkpoints: Path
 def test_options_reach_the_job(
     generate_set: Command, checkpoints: Path, jobs: list[SetJob], prompts: Path
 ) -> None:
-    generate_set(prompts, "--batch-size", 5, "--num-threads", 2, "--part-size", 9, "--no-rerank", "--seed", 4)
+    sharing = ("--batch-size", 5, "--num-threads", 2, "--part-size", 9)
+    generate_set(prompts, *sharing, "--no-rerank", "--seed", 4, "--compile")
+    assert jobs[0].compile
     job = jobs[0]
     assert (job.batch_size, job.num_threads, job.part_size, job.is_ranked, job.seed) == (5, 2, 9, False, 4)
     generate_set("--model", checkpoints / "rq-class", "--classes", "all", "--ema", "--per-class", 300)
-    assert (jobs[1].use_ema, jobs[1].part_size, jobs[1].num_images) == (True, 1, 300)
+    assert (jobs[1].use_ema, jobs[1].part_size, jobs[1].num_images, jobs[1].compile) == (True, 1, 300, False)
     generate_set("--model", checkpoints / "rq-text", prompts, "--top-k", 3, 2, 1, "--images-per-prompt", 20)
     assert (jobs[2].params.top_k, jobs[2].part_size, jobs[2].precision) == ((3, 2, 1), 12, "fp32")
 

@@ -163,6 +163,7 @@ class TestGoingOn:
             ({"num_images": 1, "num_candidates": 1}, "num_images: 2 there, 1 wanted"),
             ({"file_format": "shards"}, "file_format: folder there, shards wanted"),
             ({"num_threads": 2}, "num_threads: 1 there, 2 wanted"),
+            ({"compile": True}, "is_compiled: False there, True wanted"),
         ],
     )
     def test_another_plan(self, job: SetJob, changes: dict[str, Any], message: str) -> None:
