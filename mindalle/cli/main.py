@@ -8,13 +8,13 @@ from importlib import import_module, metadata
 
 COMMANDS = {
     "generate": ("mindalle.cli.generate", "draw pictures from a prompt or a class"),
-    "generate-set": ("mindalle.cli.generate_set", "many pictures of prompts or classes, to evaluate"),
     "reconstruct": ("mindalle.cli.reconstruct", "pictures through an image tokenizer and back"),
     "convert": ("mindalle.cli.convert", "any known checkpoint to a native one"),
     "train": ("mindalle.cli.train", "train a model with Lightning"),
     "export": ("mindalle.cli.export", "finished training runs to a native checkpoint"),
     "encode": ("mindalle.cli.encode", "pictures to codes, once, for training a sequence model"),
     "benchmark": ("mindalle.cli.benchmark", "how fast a model draws, on this machine"),
+    "generate-set": ("mindalle.cli.generate_set", "many pictures of prompts or classes, to evaluate"),
     "evaluate": ("mindalle.cli.evaluate", "the numbers of tokenizers, pictures and models"),
     "train-tokenizer": ("mindalle.cli.train_tokenizer", "captions to a text tokenizer"),
 }
