@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mindalle.evaluation.moments import Moments
 
 CHUNK = 1024  # rows of a distance matrix at once
-ROUNDING = 1e-6  # of the features' length: what the same picture's distance to itself may come to
 
 
 def matrix_root(sigma: Tensor) -> Tensor:
@@ -141,10 +140,9 @@ def precision_recall(features: Tensor, reference: Tensor, *, k: int = 3) -> Prec
             f"got {len(features)} and {len(reference)}"
         )
     ours, theirs = features.double(), reference.double()
-    slack = ROUNDING * theirs.square().sum(dim=1).mean().sqrt()
     return PrecisionRecall(
-        precision=_is_covered(ours, theirs, _radii(theirs, k) + slack),
-        recall=_is_covered(theirs, ours, _radii(ours, k) + slack),
+        precision=_is_covered(ours, theirs, _radii(theirs, k)),
+        recall=_is_covered(theirs, ours, _radii(ours, k)),
     )
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mindalle.data.samples import Sample, Source, Unreadable, clean_captions
+from mindalle.data.shards import Shards
 from mindalle.evaluation.features import FeatureNetwork
 from mindalle.image import fit
 from mindalle.rerank import ClipReranker
@@ -76,12 +77,13 @@ def read_samples(source: Source, limit: int | None = None) -> Iterator[Sample | 
     samples: Iterator[Sample | Unreadable] = (
         sample for part in range(source.num_parts) for sample in source.read(part)
     )
-    rows = _drawn_rows(source)
+    # shards hold pictures and prompts alone, and one of several may be named
+    rows = None if isinstance(source, Shards) else _drawn_rows(source)
     yield from islice(samples if rows is None else _listed(samples, rows), limit)
 
 
 def judges_of(source: Source) -> frozenset[str]:
-    """SHA-256 of the weights of the CLIP or classifier that chose the pictures of a folder, if one did."""
+    """SHA-256 of the weights of the CLIP or classifier that chose the pictures of a drawn set, if one did."""
     settings = [row.get("settings") for row in (_drawn_rows(source) or {}).values()]
     found = [setting.get("judge_sha256") for setting in settings if isinstance(setting, dict)]
     return frozenset(judge for judge in found if isinstance(judge, str))
@@ -220,7 +222,8 @@ def _drawn_rows(source: Source) -> dict[str, Mapping[str, Any]] | None:
     Raises:
         ValueError: if a line cannot be understood.
     """
-    path = Path(source.name, RESULTS)
+    root = Path(source.urls[0]).parent if isinstance(source, Shards) else Path(source.name)
+    path = root / RESULTS  # of shards on the network there is none
     if not path.is_file():
         return None
     rows: dict[str, Mapping[str, Any]] = {}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from evaluation_sets import COLOURS, colour_judge, noisy_colours, plain, write_set
 from PIL import Image
+from shard_files import write_shard
 from torch import Tensor
 
 from mindalle.data.samples import open_source
@@ -216,6 +217,19 @@ def test_a_drawn_folder(tmp_path: Path) -> None:
     assert (about["num_images"], about["num_unreadable"]) == (3, 2)
     assert about["unreadable"][0].startswith("bad.png: not a picture")
     assert about["unreadable"][1] == "gone.png: results.jsonl lists it, but there is no such file"
+
+
+def test_drawn_shards(tmp_path: Path) -> None:
+    """Prompts come with the pictures, also where one shard alone is named; results.jsonl has the judge."""
+    for number in range(2):
+        write_shard(tmp_path / f"part-{number:05d}.tar", range(number * 3, number * 3 + 3))
+    row = {"file": "part-00001.tar/0003", "settings": {"judge_sha256": "a" * 64}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    for name, count in ((tmp_path, 6), (tmp_path / "part-00000.tar", 3)):
+        source = open_source(str(name))
+        found = measure_pictures(source, read_samples(source), network=network(), judge=None)
+        assert (len(found), len(found.unreadable), found.judges) == (count, 0, {"a" * 64})
+        assert all(found.captions)
 
 
 @pytest.mark.parametrize("line", ["[]", '{"file": 3}', '{"file": "a", "prompt": [3]}', "{", "[" * 10_000])
