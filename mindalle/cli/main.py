@@ -16,6 +16,7 @@ COMMANDS = {
     "benchmark": ("mindalle.cli.benchmark", "how fast a model draws, on this machine"),
     "generate-set": ("mindalle.cli.generate_set", "many pictures of prompts or classes, to evaluate"),
     "evaluate": ("mindalle.cli.evaluate", "the numbers of tokenizers, pictures and models"),
+    "report": ("mindalle.cli.report", "a page of figures of a model, with their data"),
     "train-tokenizer": ("mindalle.cli.train_tokenizer", "captions to a text tokenizer"),
 }
 
