@@ -17,7 +17,7 @@ from mindalle.evaluation.frechet import frechet_measure
 from mindalle.evaluation.intervals import Interval, mean_interval, resampled_interval
 from mindalle.evaluation.moments import Moments, moments_of
 from mindalle.evaluation.pictures import PictureSet
-from mindalle.evaluation.refusal import RefusedError, check_count
+from mindalle.evaluation.refusal import FEWEST, RefusedError, check_count
 from mindalle.evaluation.results import Measure, mean_measure
 from mindalle.evaluation.retrieval import r_precision, ranks_of_own
 from mindalle.rerank import ClipReranker
@@ -148,7 +148,8 @@ def _clip_score(comparison: Comparison) -> list[Measure]:
 
 def _r_precision(comparison: Comparison) -> list[Measure]:
     images, texts, own = comparison.captions
-    check_count("r_precision", len(texts), None)
+    if len(texts) < FEWEST["r_precision"]:
+        raise RefusedError(f"r_precision takes at least 2 different captions, got {len(texts)}")
     candidates = min(NUM_CANDIDATES, len(texts))
     ranks = torch.cat(
         [

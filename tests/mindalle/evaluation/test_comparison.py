@@ -185,7 +185,7 @@ def test_perfect_and_shuffled_retrieval() -> None:
     assert some["R-precision of 2"].details == {"candidates": 2, "distinct_captions": 2}
     with pytest.raises(RefusedError, match="drawn has no captions"):
         measure_all(captioned(["", "", "", ""]), metrics, may_refuse=False)
-    with pytest.raises(RefusedError, match="r_precision takes at least 2 pictures, got 1"):
+    with pytest.raises(RefusedError, match="r_precision takes at least 2 different captions, got 1"):
         measure_all(captioned(["a red car"] * 4), ["r_precision"], may_refuse=False)
 
 
