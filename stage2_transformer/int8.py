@@ -18,8 +18,8 @@ from stage2_transformer.rq_transformer import DepthClassifier
 WEIGHT_LEVELS = 127
 """Of a signed byte; -128 is left out, so that the range is symmetric."""
 
-KEPT = ("text_head", "body_input.linear", "head_input.linear")
-"""Linear layers that stay as they are: not read in decoding, or read through their weights and small."""
+KEPT = ("body_input.linear", "head_input.linear")
+"""Linear layers that stay as they are: small, and read through their weights."""
 
 
 def activation_levels() -> int:
@@ -99,7 +99,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_(model: nn.Module) -> nn.Module:
-    """Replace the linear layers that decoding reads: those of all blocks, and the output layer.
+    """Replace the linear layers of all blocks, and the output layers.
 
     Args:
         model: a GPT or an RQTransformer, float32, on the CPU; changed in place.
