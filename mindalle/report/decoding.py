@@ -65,12 +65,8 @@ def shapes(lab: Lab) -> tuple[GPTConfig, RQTransformerConfig]:
     """A GPT and an RQ-Transformer of equal width, layers, condition and codebook, after the model at hand."""
     config = lab.model.config
     if isinstance(config, GPTConfig):
-        whole, num_head, vocab_size = (
-            config.transformer,
-            max(1, config.transformer.num_layers // 4),
-            config.vocab_size,
-        )
-        whole = replace(whole, num_layers=max(2, whole.num_layers))
+        num_layers, vocab_size = max(2, config.transformer.num_layers), config.vocab_size
+        whole, num_head = replace(config.transformer, num_layers=num_layers), max(1, num_layers // 4)
     else:
         num_head, vocab_size = config.head.num_layers, max(config.codebook_sizes)
         whole = replace(config.body, num_layers=config.body.num_layers + num_head)
@@ -100,11 +96,13 @@ def measure(lab: Lab, folder: Path) -> tuple[dict[str, Any], list[str]]:
     if lab.pipe.model is None:
         return {}, ["this checkpoint holds an image tokenizer alone, whose shape says nothing of a model's"]
     gpt, rq = shapes(lab)
+    _time_caches(replace(gpt, code_shape=(2, 2)), 1)  # not counted: a process's first calls are slower
     by_length = [
         {"num_codes": side * side, **_time_caches(replace(gpt, code_shape=(side, side)), lab.job.repeats)}
         for side in tqdm(lab.job.lengths, desc="timing caches", unit=" lengths")
     ]
     models: dict[str, SequenceModel] = {_shape(GRID): _build(gpt), _shape(RESIDUAL): _build(rq)}
+    _time(models, gpt, 1, 1)
     by_batch = [
         {"batch_size": size, **_time(models, gpt, size, lab.job.repeats)}
         for size in tqdm(lab.job.batch_sizes, desc="timing shapes", unit=" batch sizes")

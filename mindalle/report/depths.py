@@ -49,18 +49,18 @@ def measure(lab: Lab, folder: Path) -> tuple[dict[str, Any], list[str]]:
     measures = quality_measures(
         found, network=network, num_components=lab.num_components, seed=lab.job.seed, may_refuse=True
     )
-    is_residual = isinstance(tokenizer, RQVAE)
-    sizes = tokenizer.config.quantizer.codebook_sizes if isinstance(tokenizer, RQVAE) else None
-    codebooks = codebook_measures(found.codes, sizes or (tokenizer.codebook_size,), seed=lab.job.seed)
-    num_depths = len(found.by_depth)
+    sizes: tuple[int, ...] = (tokenizer.codebook_size,)
     left_out = [f"Fréchet distances: {problem}"] if problem is not None else []
-    if not is_residual:
+    if isinstance(tokenizer, RQVAE):
+        sizes = tokenizer.config.quantizer.codebook_sizes
+    else:
         left_out.append("depths: this tokenizer has one code per position, so that there is one row")
+    codebooks = codebook_measures(found.codes, sizes, seed=lab.job.seed)
     results = {
         "sheet": _draw_sheet(lab, torch.stack(examples)),
-        "codebook_sizes": sizes or [tokenizer.codebook_size],
-        "by_depth": _rows([one.record() for one in measures], num_depths),
-        "codebooks": _rows([one.record() for one in codebooks], num_depths),
+        "codebook_sizes": list(sizes),
+        "by_depth": _rows([one.record() for one in measures], len(sizes)),
+        "codebooks": _rows([one.record() for one in codebooks], len(sizes)),
     }
     return results, left_out
 
@@ -73,9 +73,9 @@ def _batches(lab: Lab, examples: list[Tensor]) -> Iterator[Tensor]:
     for batch in picture_batches(bar, data, BATCH):
         images = [to_tensor(fit(sample.image, lab.size)) for sample in batch]
         # of n pictures those at 1/10, 3/10, ... of n, if there are five
-        places = [(2 * i + 1) * lab.num_pictures // (2 * NUM_EXAMPLES) for i in range(NUM_EXAMPLES)]
+        places = {(2 * i + 1) * lab.num_pictures // (2 * NUM_EXAMPLES) for i in range(NUM_EXAMPLES)}
         first = len(data) - len(batch)
-        examples += [images[place - first] for place in places if first <= place < len(data)]
+        examples += [images[place - first] for place in sorted(places) if first <= place < len(data)]
         yield torch.stack(images)
 
 

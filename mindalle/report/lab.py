@@ -81,6 +81,11 @@ class Lab:
         pipe = self.pipe
         return Pipeline(pipe.image_tokenizer, pipe.model, pipe.text_tokenizer, None, pipe.sampling)
 
+    @cached_property
+    def model_hash(self) -> str:
+        """SHA-256 that identifies the checkpoint."""
+        return checkpoint_hash(self.job.model, self.pipe)
+
     @property
     def model(self) -> GPT | RQTransformer:
         """The model that draws; raises ValueError if there is none."""
@@ -179,7 +184,7 @@ class Lab:
         """
         job = self.job
         about: dict[str, Any] = {
-            "model": checkpoint_hash(job.model, self.pipe),
+            "model": self.model_hash,
             "model_name": job.model,
             "data": self.source.fingerprint,
             "data_name": self.source.name,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COLOURS = ("#1f5fa8", "#d1590f", "#2f8a4c", "#8a4fa3", "#7d6b2a", "#5b6770")
 """Of curves, in this order; apart for eyes that do not tell red from green, too."""
 PANEL_INCHES = (3.9, 2.75)
-PANELS_PER_ROW = 2
+PANELS_PER_ROW, PNG_DPI = 2, 150
 MAX_MARKERS = 25  # points of a curve that are marked
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -86,14 +86,15 @@ def require_matplotlib() -> None:
         raise ImportError('plots need matplotlib: pip install "mindalle[report]"') from error
 
 
-def draw_panels(panels: Sequence[Panel]) -> bytes:
+def draw_panels(panels: Sequence[Panel], *, kind: str = "svg") -> bytes:
     """Draw panels side by side, two in a row.
 
     Args:
         panels: at least one.
+        kind: "svg" or "png".
 
     Returns:
-        An SVG.
+        The file.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -101,7 +102,7 @@ def draw_panels(panels: Sequence[Panel]) -> bytes:
     with _axes(len(panels)) as (figure, axes):
         for panel, ax in zip(panels, axes, strict=False):
             _draw_panel(ax, panel)
-        return _as_svg(figure)
+        return _as_file(figure, kind)
 
 
 def draw_grids(grids: Sequence[Grid]) -> bytes:
@@ -119,7 +120,7 @@ def draw_grids(grids: Sequence[Grid]) -> bytes:
     with _axes(len(grids)) as (figure, axes):
         for grid, ax in zip(grids, axes, strict=False):
             _draw_grid(ax, grid)
-        return _as_svg(figure)
+        return _as_file(figure, "svg")
 
 
 @contextmanager
@@ -139,8 +140,11 @@ def _axes(count: int) -> Iterator[tuple[Figure, list[Axes]]]:
         yield figure, axes
 
 
-def _as_svg(figure: Figure) -> bytes:
+def _as_file(figure: Figure, kind: str) -> bytes:
     file = BytesIO()
+    if kind == "png":
+        figure.savefig(file, format="png", dpi=PNG_DPI)
+        return file.getvalue()
     figure.savefig(file, format="svg", metadata={"Date": None})
     # matplotlib ends lines with spaces, which editors and git mark
     return b"\n".join(line.rstrip() for line in file.getvalue().splitlines()) + b"\n"

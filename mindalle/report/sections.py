@@ -135,7 +135,8 @@ def _measure_section(lab: Lab, name: str) -> bool:
     write_record(
         out, Record(section=name, settings=settings, about=about, results=results, left_out=left_out)
     )
-    shutil.rmtree(folder)
+    for leftover in folder.parent.glob(f"{name}-*"):  # those of other settings, too
+        shutil.rmtree(leftover)
     if not any(folder.parent.iterdir()):
         folder.parent.rmdir()
     return True

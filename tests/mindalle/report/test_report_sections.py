@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_models import save_model, small_job
@@ -149,3 +150,40 @@ def test_damaged_data_is_one_clear_error(tiny_rqvae: RQVAE, tmp_path: Path) -> N
     (job.out / "figures" / "depths.png").write_bytes(b"<svg onload=alert(1)>")
     with pytest.raises(ValueError, match=r"depths\.png is no sheet of pictures"):
         render(job.out)
+
+
+def test_a_killed_section_goes_on(
+    tiny_vqgan: VQGAN, tiny_gpt: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was drawn is not drawn again, and is gone when the section is done."""
+    model = save_model(tmp_path / "model", tiny_vqgan, tiny_gpt, has_clip=False)
+    job = small_job(tmp_path, model, num_captions=3)
+    score, calls = sampling.score, []
+
+    def killed(*arguments: Any) -> list[dict[str, Any]]:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    monkeypatch.setattr(sampling, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sections(job, ["sampling"])
+    drawn = {path: path.stat().st_mtime_ns for path in job.out.rglob("results.jsonl")}
+    assert len(drawn) == 3
+    assert read_record(job.out, "sampling") is None
+
+    kept = {}
+
+    def noted(*arguments: Any) -> list[dict[str, Any]]:
+        kept.update({path: path.stat().st_mtime_ns for path in drawn})
+        return score(*arguments)
+
+    monkeypatch.setattr(sampling, "score", noted)
+    assert measure_sections(job, ["sampling"]) == ["sampling"]
+    assert kept == drawn
+    assert not (job.out / ".partial").exists()
+    record = read_record(job.out, "sampling")
+    assert record is not None
+    assert len(record.results["grid"]) == 4
+    assert record.left_out == []
