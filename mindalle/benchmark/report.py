@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from io import BytesIO
 from typing import Any
 
-from PIL import Image, ImageDraw
-
-PANEL = (480, 360)  # pixels of a diagram
-MARGIN = (64, 40)  # pixels for labels, left and right, above and below
-COLOURS = ("#1f5fa8", "#c44e1a", "#3a8a3a", "#7a4a9a")
+from PIL import Image
 
 
 def table(report: Mapping[str, Any]) -> list[str]:
@@ -79,46 +76,39 @@ def plot(report: Mapping[str, Any]) -> Image.Image:
 
     Returns:
         Two diagrams side by side.
+
+    Raises:
+        ImportError: if matplotlib is missing.
     """
-    by_batch: dict[str, list[tuple[float, float]]] = {}
-    by_place: dict[str, list[tuple[float, float]]] = {}
-    smallest = min(row["batch_size"] for row in report["decode"])
-    for row in report["decode"]:
-        point = (row["batch_size"], row["seconds"] / row["batch_size"])
-        by_batch.setdefault(row["variant"], []).append(point)
-        if row["batch_size"] == smallest:
-            curve = row["curve_seconds"]
-            scale = report["model"]["num_codes"] / max(len(curve) - 1, 1)
-            by_place[row["variant"]] = [(i * scale, 1e3 * value) for i, value in enumerate(curve)]
-    sheet = Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white")
-    sheet.paste(_diagram("seconds per image by batch size", by_batch), (0, 0))
-    title = f"ms per code by codes drawn, batch {smallest}"
-    sheet.paste(_diagram(title, by_place), (PANEL[0], 0))
-    return sheet
+    from mindalle.report.plots import Curve, Panel, draw_panels
 
-
-def _diagram(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> Image.Image:
-    """Curves over axes that begin at zero."""
-    image = Image.new("RGB", PANEL, "white")
-    draw = ImageDraw.Draw(image)
-    right = max(x for points in curves.values() for x, _ in points) or 1.0
-    top = 1.1 * max(y for points in curves.values() for _, y in points) or 1.0
-    width, height = PANEL[0] - 2 * MARGIN[0], PANEL[1] - 2 * MARGIN[1]
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return MARGIN[0] + x / right * width, PANEL[1] - MARGIN[1] - y / top * height
-
-    draw.text((MARGIN[0], 8), title, fill="black")
-    draw.line([place(0, top), place(0, 0), place(right, 0)], fill="black")
-    for i in range(5):
-        x, y = right * i / 4, top * i / 4
-        draw.text((place(x, 0)[0], place(x, 0)[1] + 6), f"{x:.3g}", fill="black", anchor="ma")
-        draw.text((place(0, y)[0] - 6, place(0, y)[1]), f"{y:.3g}", fill="black", anchor="rm")
-    for i, (name, points) in enumerate(curves.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        corners = [place(x, y) for x, y in sorted(points)]
-        draw.line(corners, fill=colour, width=2)
-        for x, y in corners:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
-        draw.text((MARGIN[0] + 12, MARGIN[1] + 16 * i), name, fill=colour)
-    return image
+    rows = report["decode"]
+    smallest = min(row["batch_size"] for row in rows)
+    by_batch, by_place = [], []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["batch_size"])
+        sizes = [row["batch_size"] for row in own]
+        per_image = [row["seconds"] / row["batch_size"] for row in own]
+        by_batch.append(Curve(name=variant, x=sizes, y=per_image))
+        curve = own[0]["curve_seconds"]  # of the smallest batch
+        scale = report["model"]["num_codes"] / max(len(curve) - 1, 1)
+        places = [i * scale for i in range(len(curve))]
+        by_place.append(Curve(name=variant, x=places, y=[1e3 * value for value in curve]))
+    panels = [
+        Panel(
+            title="seconds per image",
+            x_label="batch size",
+            y_label="seconds",
+            curves=by_batch,
+            begins_at_zero=True,
+        ),
+        Panel(
+            title=f"ms per code, batch {smallest}",
+            x_label="codes drawn",
+            y_label="ms",
+            curves=by_place,
+            begins_at_zero=True,
+            is_discrete=False,
+        ),
+    ]
+    return Image.open(BytesIO(draw_panels(panels, kind="png")))

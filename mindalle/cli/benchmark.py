@@ -73,7 +73,12 @@ def build_parser(prog: str) -> Parser:
     add("--threads", type=positive_int, metavar="N", help="of the CPU; default: torch's")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     add("--json", type=Path, metavar="FILE", help="all numbers; overwritten")
-    add("--plot", type=Path, metavar="PNG", help="time by batch size and by place; overwritten")
+    add(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="time by batch size and by place; overwritten (needs matplotlib)",
+    )
     return parser
 
 
@@ -125,6 +130,10 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--layers is for --shape: a checkpoint's layers are all needed")
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise UsageError(f"--plot must end in .png, got {args.plot}")
+    if args.plot is not None:
+        from mindalle.report.plots import require_matplotlib
+
+        require_matplotlib()
     for option in ("json", "plot"):
         path = getattr(args, option)
         if path is not None:
