@@ -21,6 +21,9 @@ WEIGHT_LEVELS = 127
 KEPT = ("body_input.linear", "head_input.linear")
 """Linear layers that stay as they are: small, and read through their weights."""
 
+ROWS_AT_ONCE = 256
+"""Of a weight in float32 while it is rounded: large tensors that come and go leave holes in memory."""
+
 
 def activation_levels() -> int:
     """Steps on either side of zero that an activation is rounded to.
@@ -92,10 +95,15 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int8 (C', C) in [-127, 127] and float32 (C',): scale * int8 is within scale / 2 of the weight.
     """
-    weight = weight.detach().float().contiguous()
+    weight = weight.detach()
     # of a channel of zeros any scale will do
-    scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp_min_(1e-30) / WEIGHT_LEVELS
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
+    scale = torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).float().clamp_min_(1e-30) / WEIGHT_LEVELS
+    steps = torch.empty(weight.shape, dtype=torch.int8)
+    for part, part_scale, part_steps in zip(
+        *(torch.split(tensor, ROWS_AT_ONCE) for tensor in (weight, scale, steps)), strict=True
+    ):
+        part_steps.copy_((part.float() / part_scale[:, None]).round_())
+    return steps, scale
 
 
 def quantize_(model: nn.Module) -> nn.Module:
