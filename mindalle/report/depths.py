@@ -114,7 +114,9 @@ def show(results: Mapping[str, Any]) -> Iterator[Block]:
     yield Figure(
         file=results["sheet"],
         caption=f"Pictures of the data in the first row; below them {below}.",
-        look="Which details are in the last row and not above it, and which are in none but the first.",
+        look="Which details each row adds, and which are in none but the first."
+        if count > 1
+        else "Which details the second row lacks.",
     )
     depths, names = [row["depth"] for row in rows], [str(row["depth"]) for row in rows]
     if count > 1:

@@ -33,7 +33,7 @@ from stage2_transformer import GPT, RQTransformer, SamplingParams
 
 logger = logging.getLogger(__name__)
 NUM_EXAMPLES = 5  # columns of a sheet
-CELL, NUM_COLOURS = 64, 128  # pixels of a picture's side, colours of a sheet: both keep the report small
+CELL, NUM_COLOURS = 64, 256  # pixels of a picture's side, colours of a sheet: both keep the report small
 
 
 @dataclass(frozen=True, kw_only=True)

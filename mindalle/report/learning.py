@@ -13,8 +13,8 @@ from mindalle.report.plots import Curve, Panel, draw_panels
 MAX_POINTS = 200  # of a curve: more are put together
 MAX_PANELS = 4  # of a run
 PREFIXES = ("train/", "val/")  # of the values that are shown
-FIRST = ("loss", "code_loss", "psnr", "accuracy", "recall_at_1", "recall_at_5")
-"""What is shown of many values; others by name."""
+SHOWN = ("loss", "code_loss", "psnr", "accuracy", "recall_at_1", "recall_at_5")
+"""What is shown of all that is logged; of a training that logs none of these, the first by name."""
 
 
 def settings(lab: Lab) -> dict[str, Any] | None:
@@ -109,13 +109,19 @@ def show(results: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _panels(curves: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
-    """A panel for each value that was logged, with both sides of it."""
+    """A panel for each value, with both sides of it."""
     sides: dict[str, list[Curve]] = {}
     for tag, curve in curves.items():
         side, _, name = tag.partition("/")
         sides.setdefault(name, []).append(Curve(name=side, x=curve["steps"], y=curve["values"]))
-    order = sorted(sides, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    shown = [name for name in SHOWN if name in sides] or sorted(sides)
     return [
-        Panel(title=name, x_label="step", y_label=name, curves=sides[name], is_discrete=False)
-        for name in order[:MAX_PANELS]
+        Panel(
+            title=name if len(sides[name]) > 1 else f"{name} ({sides[name][0].name})",
+            x_label="step",
+            y_label="",
+            curves=sides[name],
+            is_discrete=False,
+        )
+        for name in shown[:MAX_PANELS]
     ]

@@ -162,7 +162,12 @@ def _draw_panel(ax: Axes, panel: Panel) -> None:
     if panel.has_log_x:
         ax.set_xscale("log", base=2)
     if panel.has_log_y:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter("{x:g}")
     if panel.is_discrete:
         places = sorted({x for curve in panel.curves for x in curve.x})
         ax.set_xticks(places, [f"{place:g}" for place in places])

@@ -92,4 +92,6 @@ def number(value: float | str) -> float:
 def text(value: float | str, digits: int = 4) -> str:
     """A number for a person, of so many digits."""
     found = number(value)
-    return f"{found:.{digits}g}" if math.isfinite(found) else str(found)
+    if not math.isfinite(found):
+        return str(found)
+    return f"{found:.0f}" if abs(found) >= 10 ** (digits - 1) else f"{found:.{digits}g}"

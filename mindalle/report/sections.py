@@ -50,15 +50,15 @@ class Section(NamedTuple):
 SECTIONS: dict[str, Section] = {
     "decoding": Section(
         "Decoding: caches and depth",
-        "How long codes take to draw, with and without a cache of keys and values, and how much is saved by "
-        "stacking codes in depth instead of laying them out in one grid.",
+        "How long codes take to draw with and without a cache of keys and values, and in one grid against "
+        "several depths of a smaller one.",
         decoding.settings,
         decoding.measure,
         decoding.show,
     ),
     "sampling": Section(
         "Sampling: temperature, top-k, top-p, guidance",
-        "The same captions drawn with the same seeds, one setting changed at a time.",
+        "The same captions drawn with the same seeds under different settings.",
         sampling.settings,
         sampling.measure,
         sampling.show,
@@ -222,16 +222,13 @@ def _warnings(results: Any) -> Iterator[str]:
 def _about(record: Record) -> str:
     """Where data are from, in a line."""
     machine, about, settings = record.about["machine"], record.about, record.settings
-    model = [f"model {settings['model_name']} {settings['model'][:8]}"] if "model_name" in settings else []
-    data = (
-        [f"{settings['num_pictures']} pictures of {settings['data_name']}"] if "data_name" in settings else []
+    subject = ""
+    if "model_name" in settings:
+        subject = (
+            f"model {settings['model_name']} {settings['model'][:8]}; {settings['num_pictures']} pictures of "
+            f"{settings['data_name']}; seed {settings['seed']}; "
+        )
+    return (
+        f"{subject}{machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}; "
+        f"measured in {about['seconds']} s on {about['date'][:10]}."
     )
-    seed = [f"seed {settings['seed']}"] if "seed" in settings else []
-    parts = [
-        *model,
-        *data,
-        *seed,
-        f"{machine['processor']}, threads: {machine['threads']}, torch {machine['torch']}",
-        f"measured in {about['seconds']} s on {about['date'][:10]} by: {about['command']}",
-    ]
-    return "; ".join(parts) + "."

@@ -109,7 +109,7 @@ def test_the_best_of_the_first_n() -> None:
     records = [
         {"number": place, "index": index, "score": score, "file": f"{place}-{index}"}
         for place, row in scores.items()
-        for index, score in sorted(enumerate(row), key=lambda one: -one[1])
+        for index, score in sorted(enumerate(row), key=lambda one: (-one[1], -one[0]))
     ]
     assert best_of.counts(1) == [1]
     assert best_of.counts(4) == [1, 2, 4]
