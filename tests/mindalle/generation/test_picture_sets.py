@@ -212,7 +212,7 @@ def test_a_full_disk(job: SetJob) -> None:
     pipe = job.load()
     plan = plan_set(job, pipe)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (550, hard))  # a plan or a picture, but no part's lines
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # a plan or a picture, but no lines of a part
     try:
         with pytest.raises(OSError, match=r"File too large") as caught:
             draw_set(job, plan, pipe)
