@@ -209,8 +209,8 @@ class Lab:
 
     def announce(self, section: str, num_drawings: int) -> None:
         """Say how long drawings will take."""
-        minutes = num_drawings * self.seconds_per_picture / 60
-        logger.info("%s: %s pictures to draw, about %.1f minutes", section, f"{num_drawings:,}", minutes)
+        minutes = max(1, round(num_drawings * self.seconds_per_picture / 60))
+        logger.info("%s: %s pictures to draw, about %d min", section, f"{num_drawings:,}", minutes)
 
     def draw(self, folder: Path, params: SamplingParams, *, num_candidates: int = 1) -> Source:
         """Draw the captions into a picture set; one whose drawing was killed goes on.
