@@ -10,9 +10,10 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context, parent_process
@@ -133,7 +134,8 @@ def _do_in_processes(
     pool = ProcessPoolExecutor(num_processes, context, _start_worker, (start, num_done, is_stopped))
     num_counted = 0
     try:
-        running = {pool.submit(_do_in_worker, number) for number in numbers}
+        with _ctrl_c_held_back():
+            running = {pool.submit(_do_in_worker, number) for number in numbers}
         while running:
             done, running = wait(running, timeout=0.5)
             num_new = num_done.value - num_counted
@@ -151,14 +153,29 @@ def _do_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Start processes that are deaf to Ctrl-C from their first moment: their parent says when to stop.
+
+    It reaches the whole group. The parent hears it when this is over.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _started: Callable[[], Callable[[int], object]]  # of a process of the pool, which has no other place for it
 
 
 def _start_worker(start: Callable[[Count], Callable[[int], object]], num_done: Any, is_stopped: Any) -> None:
     """Prepare a process of the pool: it ends when its parent stops or dies."""
     global _started
-    # Ctrl-C reaches the whole group, but it is the parent that says when to stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back
     parent = parent_process()
     assert parent is not None
 
