@@ -104,6 +104,9 @@ PERCEPTUAL: dict[str, Callable[[], nn.Module] | None] = {
 }
 """Networks by name; each maps two batches of images, the second with gradients, to a scalar."""
 
+SMALLEST_SIDES = {"none": 1, "lpips": 16, "efflite": 32}
+"""Pixels that a side of a picture must have at least, by the name of the network."""
+
 
 def build_perceptual(name: str) -> nn.Module | None:
     """A network of `PERCEPTUAL`, frozen, in eval mode; None for "none".

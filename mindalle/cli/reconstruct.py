@@ -154,14 +154,15 @@ class _Totals:
         """Measure a batch and say each picture's PSNR."""
         import torch
 
+        from mindalle.evaluation.codebook import code_counts
         from mindalle.image import psnr, to_pil
 
         values = torch.stack([psnr(images, column) for column in columns], dim=1)
         for file, value in zip(files, values[:, -1].tolist(), strict=True):
             say(f"{file}  PSNR {value:.2f} dB")
         self.psnr.append(values)
-        by_depth = codes.flatten(0, 2).T if codes.ndim == 4 else codes.flatten()[None]  # -> (D, M)
-        counts = torch.stack([torch.bincount(row, minlength=self.codebook_size) for row in by_depth])
+        by_place = codes.flatten(1, 2) if codes.ndim == 4 else codes.flatten(1).unsqueeze(-1)  # (B, T, D)
+        counts = code_counts(by_place, self.codebook_size)
         self.counts = counts if self.counts is None else self.counts + counts
         rows = zip(*(to_pil(column) for column in (images, *columns)), strict=True)
         self.cells += [cell for row in rows for cell in row][
@@ -172,17 +173,18 @@ class _Totals:
         """The mean PSNR of each column; per depth how many codebook entries are used, and how evenly."""
         import torch
 
+        from mindalle.evaluation.codebook import perplexity
+
         assert self.counts is not None
         values = torch.cat(self.psnr)
         lines = []
         for depths, value in enumerate(values.mean(dim=0).tolist(), start=1):
             name = "mean" if self.num_columns == 1 else f"{depths} of {self.num_columns} depths"
             lines.append(f"{name}  PSNR {value:.2f} dB over {len(values)} pictures")
-        for depth, row in enumerate(self.counts.double(), start=1):
-            shares = row[row > 0] / row.sum()
-            perplexity = float((-(shares * shares.log()).sum()).exp())
+        by_depth = zip(self.counts, perplexity(self.counts).tolist(), strict=True)
+        for depth, (row, evenness) in enumerate(by_depth, start=1):
             lines.append(
-                f"codebook{f', depth {depth}' if len(self.counts) > 1 else ''}  {len(shares)} of "
-                f"{self.codebook_size} entries used by {int(row.sum())} codes, perplexity {perplexity:.1f}"
+                f"codebook{f', depth {depth}' if len(self.counts) > 1 else ''}  {int((row > 0).sum())} of "
+                f"{self.codebook_size} entries used by {int(row.sum())} codes, perplexity {evenness:.1f}"
             )
         return lines

@@ -19,11 +19,11 @@ from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Measure, mean_measure
 from mindalle.image import psnr, to_pil
 from stage1_vqgan import ImageTokenizer
-from stage1_vqgan.perceptual import build_perceptual
+from stage1_vqgan.perceptual import SMALLEST_SIDES, build_perceptual
 
 logger = logging.getLogger(__name__)
-PERCEPTUAL_NAMES = {"lpips": ("LPIPS", 16), "efflite": ("EffLite-perceptual", 32)}
-"""Networks of `stage1_vqgan.perceptual`: what their distances are called, the least side of a picture."""
+PERCEPTUAL_NAMES = {"lpips": "LPIPS", "efflite": "EffLite-perceptual"}
+"""Networks of `stage1_vqgan.perceptual`: what their distances are called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def load_perceptual(name: str, device: str = "cpu") -> PerceptualDistance:
         message = str(error).replace("set loss.perceptual to efflite or none", "choose --perceptual efflite")
         raise FileNotFoundError(message) from error
     assert network is not None
-    called, min_size = PERCEPTUAL_NAMES[name]
+    called, min_size = PERCEPTUAL_NAMES[name], SMALLEST_SIDES[name]
     return PerceptualDistance(
         name=called,
         min_size=min_size,

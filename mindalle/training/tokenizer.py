@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mindalle.evaluation.codebook import perplexity
 from mindalle.image import psnr
 from mindalle.run import load_image_tokenizer
 from mindalle.training.base import OptimizerConfig, Training
 from stage1_vqgan import RQVAE, VQGAN, RQVAEConfig, VQGANConfig
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
+from stage1_vqgan.perceptual import SMALLEST_SIDES
 from stage1_vqgan.quantize import CodebookAverages, CodebookTrainingConfig
 
 
@@ -33,7 +35,8 @@ class TokenizerTraining(Training):
             code caches made for the pretrained tokenizer go on to fit.
 
     Raises:
-        ValueError: if the pictures are too small for the discriminator, or there are no codes to keep.
+        ValueError: if the pictures are too small for the discriminator or the perceptual network, or there
+            are no codes to keep.
     """
 
     model: QuantizedAutoencoder
@@ -130,14 +133,13 @@ class TokenizerTraining(Training):
 
     def on_validation_epoch_end(self) -> None:
         """Log, per depth, the share of the codebook in use and its perplexity over the held-out images."""
-        counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum").float()
-        probabilities = counts / counts.sum(dim=1, keepdim=True)
-        perplexity = torch.special.entr(probabilities).sum(dim=1).exp()  # (D,)
+        counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum")
+        perplexities = perplexity(counts)  # (D,)
         sizes = [len(table) for table in self.model.quantizer.parameters()]  # one where depths share it
         sizes = sizes if len(sizes) == len(counts) else sizes * len(counts)
         for depth, size in enumerate(sizes):
             self.log(f"val/usage_depth{depth}", (counts[depth] > 0).sum() / size)
-            self.log(f"val/perplexity_depth{depth}", perplexity[depth])
+            self.log(f"val/perplexity_depth{depth}", perplexities[depth].float())
 
     def _log_terms(
         self, stage: str, images: Tensor, reconstructions: Tensor, total: Tensor, parts: dict[str, Tensor]
@@ -220,6 +222,12 @@ def _check_size(model: QuantizedAutoencoder, loss: TokenizerLoss) -> None:
         raise ValueError(
             f"the discriminator needs pictures of at least {adversary.min_size} pixels, got {size}: "
             "lower loss.discriminator.num_layers, or set loss.adversarial_weight to 0"
+        )
+    name = loss.config.perceptual
+    if size < SMALLEST_SIDES[name]:
+        raise ValueError(
+            f"loss.perceptual {name} needs pictures of at least {SMALLEST_SIDES[name]} pixels, got {size}: "
+            "set it to none"
         )
 
 

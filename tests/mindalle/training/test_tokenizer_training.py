@@ -147,6 +147,10 @@ class TestAdversary:
         ):
             training("vqgan", loss=losses(adversarial_weight=0.75, discriminator=large))
         training("vqgan", loss=losses(adversarial_weight=0.0, discriminator=large))
+        with pytest.raises(
+            ValueError, match="perceptual efflite needs pictures of at least 32 pixels, got 16"
+        ):
+            training("vqgan", loss=losses(perceptual="efflite"))
 
 
 class TestValidation:
