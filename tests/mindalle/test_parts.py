@@ -22,6 +22,7 @@ def note_deafness(directory: Path, count: Count) -> Callable[[int], object]:
     return note
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no signal masks")
 def test_processes_are_deaf_to_ctrl_c_from_the_start(tmp_path: Path) -> None:
     """One that was still importing torch printed its stack when a user pressed Ctrl-C."""

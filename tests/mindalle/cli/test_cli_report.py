@@ -48,6 +48,7 @@ def test_usage_errors(mindalle: Command, tmp_path: Path, arguments: list[str], m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_page_of_data_alone(mindalle: Command, tmp_path: Path) -> None:
     """Rendering needs neither model nor runs; a damaged data file is one line."""
     result = mindalle("report", "--render-only", "--out", tmp_path)

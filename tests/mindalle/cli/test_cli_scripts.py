@@ -40,6 +40,7 @@ def run(*argv: object, **options: Any) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_generate_with_the_real_words(fixtures_dir: Path, tmp_path: Path) -> None:
     """The README's first command, on minDALL-E's layout with the released BPE files, 64x64 pixels."""
     code, out, err = run(
@@ -56,6 +57,7 @@ def test_generate_with_the_real_words(fixtures_dir: Path, tmp_path: Path) -> Non
     assert re.search(r"a red apple: 100%.* 256/256 \[.* codes/s\]", err)
 
 
+@pytest.mark.slow
 def test_generate_writes_each_prompt_when_it_is_done_and_stops_at_ctrl_c(
     text_model: Path, tmp_path: Path
 ) -> None:
@@ -79,6 +81,7 @@ def test_generate_writes_each_prompt_when_it_is_done_and_stops_at_ctrl_c(
     assert written == sorted([*(Path(path).name for path in printed), "results.jsonl"])  # no halves
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_crash(checkpoints: Path, photo: Path, tmp_path: Path) -> None:
     """As in `reconstruct.py photo.png | head -1`."""
     reader, writer = os.pipe()

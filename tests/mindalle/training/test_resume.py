@@ -56,6 +56,7 @@ def check(data: Path, kept: int) -> None:
         assert len(list((data / run).glob("*.ckpt"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "every", "stop"),
     [
