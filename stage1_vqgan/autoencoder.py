@@ -33,6 +33,11 @@ class QuantizedAutoencoder(nn.Module):
         return self.quantizer.codebook_size
 
     @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """V of each depth; one number for codes without depth."""
+        return (self.codebook_size,)
+
+    @property
     def code_shape(self) -> tuple[int, ...]:
         """Shape of one image's codes at the training resolution."""
         raise NotImplementedError

@@ -49,6 +49,20 @@ class ImageTokenizer(Protocol):
         ...
 
 
+def coarse_to_fine(codes: Tensor) -> list[Tensor]:
+    """The codes of 1, 2, ... D depths, which decode to ever finer pictures.
+
+    Args:
+        codes: (B, h, w, D), or (B, h, w) for codes without depth.
+
+    Returns:
+        D tensors (B, h, w, 1) to (B, h, w, D); the codes alone where there is no depth.
+    """
+    if codes.ndim == 3:
+        return [codes]
+    return [codes[..., :depth] for depth in range(1, codes.shape[-1] + 1)]
+
+
 def check_images(images: Tensor, downsampling: int) -> None:
     """Refuse images that a tokenizer cannot encode.
 

@@ -52,6 +52,11 @@ class RQVAE(QuantizedAutoencoder):
         self.config = config
 
     @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """V of each depth."""
+        return self.config.quantizer.codebook_sizes
+
+    @property
     def code_shape(self) -> tuple[int, int, int]:
         """(h, w, D) at the training resolution."""
         size, (rows, columns) = self.convnet.latent_size, self.config.patch

@@ -52,8 +52,6 @@ from mindalle.generation.job import checkpoint_hash
 from mindalle.image import to_tensor
 from mindalle.pipeline import Pipeline
 from mindalle.rerank import ClipReranker
-from stage1_vqgan import RQVAE
-from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 
 def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
@@ -87,7 +85,7 @@ def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
         may_refuse=args.metrics is None,
     )
     if "codebook" in wanted:
-        measures += codebook_measures(found.codes, _codebook_sizes(tokenizer), seed=args.seed)
+        measures += codebook_measures(found.codes, tokenizer.codebook_sizes, seed=args.seed)
     subject = {"kind": "reconstructions by", "name": args.tokenizer, "sha256": weights_hash}
     _report(args, command, measures, subject, data.about("data"))
 
@@ -166,13 +164,6 @@ def _measure(
     if size is not None:
         found.prepared = squared(size)
     return found
-
-
-def _codebook_sizes(tokenizer: QuantizedAutoencoder) -> tuple[int, ...]:
-    """V of each depth."""
-    if isinstance(tokenizer, RQVAE):
-        return tokenizer.config.quantizer.codebook_sizes
-    return (tokenizer.codebook_size,)
 
 
 def _image_batches(args: argparse.Namespace, source: Source, data: PictureSet, size: int) -> Iterator[Tensor]:

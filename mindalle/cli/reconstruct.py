@@ -125,13 +125,14 @@ def _reconstruct(
     import torch
 
     from mindalle.image import fit, open_image, to_tensor
+    from stage1_vqgan.interface import coarse_to_fine
 
     for first in range(0, len(files), args.batch_size):
         batch = files[first : first + args.batch_size]
         images = torch.stack([to_tensor(fit(open_image(file), size)) for file in batch])
         with torch.inference_mode():
             codes = tokenizer.encode(images.to(args.device))
-            kept = [codes[..., :depth] for depth in range(1, codes.shape[-1] + 1)] if args.depths else [codes]
+            kept = coarse_to_fine(codes) if args.depths else [codes]
             columns = [tokenizer.decode(part).cpu() for part in kept]
         yield batch, images, codes.cpu(), columns
 

@@ -19,6 +19,7 @@ from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Measure, mean_measure
 from mindalle.image import psnr, to_pil
 from stage1_vqgan import ImageTokenizer
+from stage1_vqgan.interface import coarse_to_fine
 from stage1_vqgan.perceptual import SMALLEST_SIDES, build_perceptual
 
 logger = logging.getLogger(__name__)
@@ -115,9 +116,7 @@ def measure_reconstruction(
     codes, originals, columns = [], [], []
     for images in batches:
         code = tokenizer.encode(images)  # (B, h, w) or (B, h, w, D)
-        kept = [code]
-        if has_all_depths and code.ndim == 4:
-            kept = [code[..., :depth] for depth in range(1, code.shape[-1] + 1)]
+        kept = coarse_to_fine(code) if has_all_depths else [code]
         columns.append([_quality(images, tokenizer.decode(part), perceptual, network) for part in kept])
         with_depth = code if code.ndim == 4 else code[..., None]
         codes.append(rearrange(with_depth, "b h w d -> b (h w) d").int().cpu())

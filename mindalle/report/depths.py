@@ -20,7 +20,7 @@ from mindalle.report.lab import NUM_EXAMPLES, Lab
 from mindalle.report.page import Block, Figure
 from mindalle.report.plots import Curve, Panel, draw_panels
 from mindalle.report.scores import networks, score_panels, score_table, value
-from stage1_vqgan import RQVAE
+from stage1_vqgan.interface import coarse_to_fine
 
 BATCH = 32
 
@@ -49,11 +49,9 @@ def measure(lab: Lab, folder: Path) -> tuple[dict[str, Any], list[str]]:
     measures = quality_measures(
         found, network=network, num_components=lab.num_components, seed=lab.job.seed, may_refuse=True
     )
-    sizes: tuple[int, ...] = (tokenizer.codebook_size,)
+    sizes = tokenizer.codebook_sizes
     left_out = [f"Fréchet distances: {problem}"] if problem is not None else []
-    if isinstance(tokenizer, RQVAE):
-        sizes = tokenizer.config.quantizer.codebook_sizes
-    else:
+    if len(tokenizer.code_shape) == 2:
         left_out.append("depths: this tokenizer has one code per position, so that there is one row")
     codebooks = codebook_measures(found.codes, sizes, seed=lab.job.seed)
     results = {
@@ -98,10 +96,7 @@ def _draw_sheet(lab: Lab, images: Tensor) -> str:
     """Pictures of the data in the first row, below them what 1, 2, ... D depths leave of them."""
     tokenizer = lab.pipe.image_tokenizer
     with torch.inference_mode():
-        codes = tokenizer.encode(images)
-        kept = [codes]
-        if codes.ndim == 4:
-            kept = [codes[..., :depth] for depth in range(1, codes.shape[-1] + 1)]
+        kept = coarse_to_fine(tokenizer.encode(images))
         rows: list[list[Image.Image]] = [to_pil(images), *(to_pil(tokenizer.decode(part)) for part in kept)]
     return lab.write_sheet("depths.png", [image for row in rows for image in row], columns=len(images))
 

@@ -135,9 +135,7 @@ class TokenizerTraining(Training):
         """Log, per depth, the share of the codebook in use and its perplexity over the held-out images."""
         counts = self.trainer.strategy.reduce(self._code_counts, reduce_op="sum")
         perplexities = perplexity(counts)  # (D,)
-        sizes = [len(table) for table in self.model.quantizer.parameters()]  # one where depths share it
-        sizes = sizes if len(sizes) == len(counts) else sizes * len(counts)
-        for depth, size in enumerate(sizes):
+        for depth, size in enumerate(self.model.codebook_sizes):
             self.log(f"val/usage_depth{depth}", (counts[depth] > 0).sum() / size)
             self.log(f"val/perplexity_depth{depth}", perplexities[depth].float())
 
