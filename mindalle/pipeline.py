@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,10 +249,17 @@ class Pipeline:
             )
 
     def encode_condition(self, prompt: str | int | None) -> Tensor | None:
-        """A prompt as the model wants it: text ids (1, N), a label (1,), or None.
+        """One prompt as the model wants it, see `encode_conditions`."""
+        return self.encode_conditions([prompt])
+
+    def encode_conditions(
+        self, prompts: Sequence[str | int | None], *, warns_of_loss: bool = True
+    ) -> Tensor | None:
+        """Prompts as the model wants them: text ids (P, N), labels (P,), or None.
 
         Args:
-            prompt: text, a class label, or None.
+            prompts: P >= 1 texts, class labels, or Nones.
+            warns_of_loss: name the words of texts that are too long for the model.
 
         Returns:
             On the model's device.
@@ -260,9 +267,20 @@ class Pipeline:
         Raises:
             ValueError: if the model has another kind of condition, no text tokenizer, or no such class.
         """
+        for prompt in prompts:
+            self._check_condition(prompt)
         model = self._require_model()
-        condition = model.config.condition
         device = next(model.parameters()).device
+        if model.config.condition.kind == "none":
+            return None
+        if model.config.condition.kind == "class":
+            return torch.tensor(prompts, device=device)
+        assert self.text_tokenizer is not None
+        return self.text_tokenizer.encode(list(map(str, prompts)), warns_of_loss=warns_of_loss).to(device)
+
+    def _check_condition(self, prompt: str | int | None) -> None:
+        """Refuse what the model does not draw from."""
+        condition = self._require_model().config.condition
         wanted = {"text": str, "class": int, "none": type(None)}[condition.kind]
         if not isinstance(prompt, wanted):
             raise ValueError(
@@ -273,19 +291,14 @@ class Pipeline:
                     "none": f"this model is unconditional, got {prompt!r}: pass no prompt and no class label",
                 }[condition.kind]
             )
-        if isinstance(prompt, str):
-            if self.text_tokenizer is None:
-                raise ValueError(
-                    "this checkpoint has no text tokenizer (rq-vae-transformer's releases ship none): pass "
-                    "text_tokenizer, on the command line --text-tokenizer, with the directory of "
-                    "bpe-16k-vocab.json and bpe-16k-merges.txt"
-                )
-            return self.text_tokenizer.encode([prompt]).to(device)
-        if isinstance(prompt, int):
-            if not 0 <= prompt < condition.vocab_size:
-                raise ValueError(f"class label must be in [0, {condition.vocab_size}), got {prompt}")
-            return torch.tensor([prompt], device=device)
-        return None
+        if isinstance(prompt, str) and self.text_tokenizer is None:
+            raise ValueError(
+                "this checkpoint has no text tokenizer (rq-vae-transformer's releases ship none): pass "
+                "text_tokenizer, on the command line --text-tokenizer, with the directory of "
+                "bpe-16k-vocab.json and bpe-16k-merges.txt"
+            )
+        if isinstance(prompt, int) and not 0 <= prompt < condition.vocab_size:
+            raise ValueError(f"class label must be in [0, {condition.vocab_size}), got {prompt}")
 
     def known_codes(self, image: Image.Image, keep_rows: int) -> Tensor:
         """The codes of the top of an image, for its completion.

@@ -83,6 +83,14 @@ def add_model_options(parser: Parser) -> None:
     add("--compile", action="store_true", help="compile decoding: for GPUs; slow to start, not in int8")
 
 
+def check_model_options(args: argparse.Namespace) -> None:
+    """Raise UsageError if options of `add_model_options` contradict each other."""
+    if args.no_rerank and args.clip is not None:
+        raise UsageError("--clip and --no-rerank contradict each other: leave one out")
+    if args.compile and args.precision == "int8":
+        raise UsageError("--compile is for --precision fp32, bf16 or fp16, got int8: leave one out")
+
+
 def add_sampling_options(parser: Parser) -> argparse._ArgumentGroup:
     """How codes are drawn, see `sampling_params`; the group takes further options."""
     group = parser.add_argument_group("how to sample (defaults come from the checkpoint)")
@@ -135,10 +143,7 @@ def _check_options(args: argparse.Namespace) -> None:
     """Options that only make sense together, or not together."""
     if (args.complete is None) != (args.keep_rows is None):
         raise UsageError("--complete IMAGE and --keep-rows N go together")
-    if args.no_rerank and args.clip is not None:
-        raise UsageError("--clip and --no-rerank contradict each other: leave one out")
-    if args.compile and args.precision == "int8":
-        raise UsageError("--compile is for --precision fp32, bf16 or fp16, got int8: leave one out")
+    check_model_options(args)
     if args.num_candidates is not None and args.num_candidates < args.num_images:
         raise UsageError(
             f"--num-candidates must be at least --num-images = {args.num_images}, got {args.num_candidates}"

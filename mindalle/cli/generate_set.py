@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindalle.cli.command import Parser, UsageError, check_writable, positive_int, run, say
-from mindalle.cli.generate import add_model_options, add_sampling_options, load_pipeline, sampling_params
+from mindalle.cli.generate import (
+    add_model_options,
+    add_sampling_options,
+    check_model_options,
+    load_pipeline,
+    sampling_params,
+)
 from mindalle.cli.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -121,8 +127,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError(f"--accept must be in (0, 1], got {args.accept:g}")
     if args.class_names is not None and args.classifier != "clip":
         raise UsageError("--class-names is for --classifier clip")
-    if args.no_rerank and args.clip is not None:
-        raise UsageError("--clip and --no-rerank contradict each other: leave one out")
+    check_model_options(args)
     if args.num_candidates is not None and args.num_candidates < args.images_per_prompt:
         raise UsageError(
             f"--num-candidates must be at least {args.images_per_prompt}, the pictures to keep, "

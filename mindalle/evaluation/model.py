@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def measure_data(
             wanted = [_condition(sample, kind) for sample in batch]
             conditions.extend(wanted)
             images = torch.stack([to_tensor(picture) for picture in pictures])
-            yield pipe.image_tokenizer.encode(images.to(device)), encode_conditions(pipe, wanted)
+            yield pipe.image_tokenizer.encode(images.to(device)), pipe.encode_conditions(wanted)
 
     nats = negative_log_likelihood(model, batches())
     collector.fill(found)
@@ -69,13 +69,6 @@ def sequence_model(pipe: Pipeline) -> GPT | RQTransformer:
             "this checkpoint holds an image tokenizer only, which `evaluate.py reconstruct` measures"
         )
     return pipe.model
-
-
-def encode_conditions(pipe: Pipeline, conditions: Sequence[Condition]) -> Tensor | None:
-    """Conditions as the model reads them: text ids (B, N), labels (B,), or None."""
-    encoded = [pipe.encode_condition(condition) for condition in conditions]
-    tensors = [one for one in encoded if one is not None]
-    return torch.cat(tensors) if tensors else None
 
 
 def _condition(sample: Sample, kind: str) -> Condition:

@@ -7,6 +7,7 @@ Keeping the pictures that a classifier is surest of is the rejection sampling of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.error import URLError
@@ -77,7 +78,12 @@ class ZeroShotClassifier:
     def __init__(self, clip: ClipReranker, names: Sequence[str]) -> None:
         self.clip = clip
         self.model = clip.model
-        self.texts = clip.encode_texts([f"a photo of a {name}." for name in names])  # (classes, C)
+        self.names = names
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """Features (classes, C) of the names; only the process that judges needs them."""
+        return self.clip.encode_texts([f"a photo of a {name}." for name in self.names])
 
     def score(self, images: Sequence[Image.Image], label: int, /) -> Tensor:
         """Probabilities (n,) of the class, float32 in [0, 1], on the CPU."""

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mindalle.data.samples import seed_of
-from mindalle.generation.job import Condition, SetJob, SetPlan
+from mindalle.generation.job import SetJob, SetPlan
 from mindalle.generation.judges import load_judge
 from mindalle.memory import candidates_at_once
 from mindalle.parts import Count
@@ -98,22 +98,12 @@ class Painter:
         stride = _stride([place for place, _ in padded])
         conditions = [self.job.conditions[place] for place, _ in padded[::stride]]
         seeds = [image_seeds(self._seed(place), 1, candidate)[0] for place, candidate in padded]
-        return generate(self.model, self._encode(conditions), self.job.params, seeds=seeds)[: len(draws)]
+        cond = self.pipe.encode_conditions(conditions, warns_of_loss=False)  # the plan's maker has warned
+        return generate(self.model, cond, self.job.params, seeds=seeds)[: len(draws)]
 
     def _seed(self, place: int) -> int:
         """Of a condition; of generate.py too, if it is to draw the same picture."""
         return seed_of(self.job.seed, place)
-
-    def _encode(self, conditions: Sequence[Condition]) -> Tensor | None:
-        """Text ids (P, N), labels (P,), or None; `check_conditions` has seen them."""
-        device = next(self.model.parameters()).device
-        if self.model.config.condition.kind == "text":
-            assert self.pipe.text_tokenizer is not None
-            texts = [str(text) for text in conditions]
-            return self.pipe.text_tokenizer.encode(texts, warns_of_loss=False).to(device)
-        if self.model.config.condition.kind == "class":
-            return torch.tensor(conditions, device=device)
-        return None
 
     def _best(self, place: int, codes: Tensor) -> Iterator[DrawnPicture]:
         """Decode and judge the candidates of a condition and keep the best; without a judge the first."""
