@@ -47,7 +47,7 @@ from mindalle.evaluation.pictures import (
 from mindalle.evaluation.reconstruction import load_perceptual, measure_reconstruction, quality_measures
 from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Context, Measure, append_results, table
-from mindalle.generation import Condition, SetJob, draw_set, plan_set
+from mindalle.generation import Condition, SetJob, draw_set, open_set, plan_set
 from mindalle.generation.job import checkpoint_hash
 from mindalle.image import to_tensor
 from mindalle.pipeline import Pipeline
@@ -131,18 +131,19 @@ def evaluate_model(args: argparse.Namespace, command: str) -> None:
     data = PictureSet(name=source.name, fingerprint=source.fingerprint, prepared=squared(size))
     samples = read_with_bar(source, args.limit, "reading")
     nats, conditions = measure_data(pipe, data, samples, Collector(network, None), batch_size=args.batch_size)
+    model_hash = checkpoint_hash(args.model, pipe)
     measures = []
     if args.metrics is None or "nll" in args.metrics:
         positions = model.code_shape[0] * model.code_shape[1]
         measures = likelihood_measures(nats, num_positions=positions, num_pixels=size * size, seed=args.seed)
     if metrics or args.save_images is not None:
-        pictures = _draw(args, pipe, conditions, network, judge)
+        pictures = _draw(args, pipe, model_hash, conditions, network, judge)
         comparison = _comparison(args, pictures, data, network, judge)
         measures += measure_all(comparison, metrics, may_refuse=args.metrics is None)
     subject = {
         "kind": "model",
         "name": args.model,
-        "sha256": checkpoint_hash(args.model, pipe),
+        "sha256": model_hash,
         "sampling": asdict(pipe.sampling.params),
     }
     _report(args, command, measures, subject, data.about("data"))
@@ -176,6 +177,7 @@ def _image_batches(args: argparse.Namespace, source: Source, data: PictureSet, s
 def _draw(
     args: argparse.Namespace,
     pipe: Pipeline,
+    model_hash: str,
     conditions: Sequence[Condition],
     network: FeatureNetwork | None,
     judge: ClipReranker | None,
@@ -194,8 +196,8 @@ def _draw(
             num_threads=torch.get_num_threads(),
             device=args.device,
         )
-        draw_set(job, plan_set(job, pipe), pipe)
-        drawn = _measure(args, open_source(str(directory)), network, judge)
+        draw_set(job, plan_set(job, pipe, model_hash=model_hash), pipe)
+        drawn = _measure(args, open_set(directory), network, judge)
     drawn.name = f"drawn by {args.model}"
     return drawn
 

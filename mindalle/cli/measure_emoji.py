@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import islice, product
@@ -113,13 +113,12 @@ def retrieve(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(args: argparse.Namespace) -> dict[str, Any]:
     """Recall of held-out captions and accuracy of unseen colours, with one candidate and the best of N."""
-    pipe, judge, names = load_parts(args)
-    results: dict[str, Any] = {"params": asdict(pipe.sampling.params)}
-    counts = [1] + ([args.num_candidates] if pipe.reranker is not None and args.num_candidates > 1 else [])
-    for num_candidates in counts:
-        results[f"best_of_{num_candidates}"] = judged(
-            pipe, judge, names, args, num_candidates=num_candidates, params=pipe.sampling.params
-        )
+    exam = load_exam(args)
+    params = exam.pipe.sampling.params
+    results: dict[str, Any] = {"params": asdict(params)}
+    has_choice = exam.pipe.reranker is not None and args.num_candidates > 1
+    for num_candidates in [1, args.num_candidates] if has_choice else [1]:
+        results[f"best_of_{num_candidates}"] = exam.judged(num_candidates, params)
     return results
 
 
@@ -127,37 +126,37 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     """The same for every combination of `SWEEP`, with one candidate; the best recall at 5 comes first."""
     from mindalle import SamplingParams
 
-    pipe, judge, names = load_parts(args)
+    exam = load_exam(args)
     rows = []
     for values in product(*SWEEP.values()):
         setting: dict[str, Any] = dict(zip(SWEEP, values, strict=True))
         params = SamplingParams(**setting)
-        rows.append(setting | judged(pipe, judge, names, args, num_candidates=1, params=params))
+        rows.append(setting | exam.judged(1, params))
         say(json.dumps(rows[-1]), is_note=True)
     return {"rows": sorted(rows, key=lambda row: -row["recall_at_5"] - row["colour_accuracy"])}
 
 
-def judged(
-    pipe: Pipeline,
-    judge: ClipReranker,
-    names: list[str],
-    args: argparse.Namespace,
-    *,
-    num_candidates: int,
-    params: SamplingParams,
-) -> dict[str, Any]:
-    """Draw the held-out captions and colours and let the judge say what it sees."""
-    captions = held_out_captions(args.data, args.num_captions, args.seed)
-    pictures = draw_prompts(pipe, list(captions), num_candidates, params, args.seed)
-    results = concept_recall(judge, pictures, list(captions.values()), names)
-    prompts = unseen_colours(args.data)[: args.num_captions]
-    pictures = draw_prompts(
-        pipe, [f"{colour} {thing}" for colour, thing in prompts], num_candidates, params, args.seed
-    )
-    return results | {
-        "colour_accuracy": colour_accuracy(judge, pictures, prompts),
-        "num_colours": len(prompts),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Who draws what, and who judges it by which names: the same for every setting."""
+
+    pipe: Pipeline
+    judge: ClipReranker
+    names: list[str]  # of all concepts
+    captions: dict[str, str]  # held out, and the names of their concepts
+    colours: list[tuple[str, str]]  # pairs of colour and thing that were never seen together
+    seed: int
+
+    def judged(self, num_candidates: int, params: SamplingParams) -> dict[str, Any]:
+        """Draw the held-out captions and colours and let the judge say what it sees."""
+        pictures = draw_prompts(self.pipe, list(self.captions), num_candidates, params, self.seed)
+        results = concept_recall(self.judge, pictures, list(self.captions.values()), self.names)
+        prompts = [f"{colour} {thing}" for colour, thing in self.colours]
+        pictures = draw_prompts(self.pipe, prompts, num_candidates, params, self.seed)
+        return results | {
+            "colour_accuracy": colour_accuracy(self.judge, pictures, self.colours),
+            "num_colours": len(self.colours),
+        }
 
 
 def concept_recall(
@@ -207,11 +206,11 @@ def draw_prompts(
 def held_out_captions(data: Path, number: int, seed: int) -> dict[str, str]:
     """Captions of concept and style whose drawing was held out, and the concept's name."""
     captions = {
-        caption: record.about["name"]
-        for record in read_records(data, "val_pair")
-        if "recolored" not in record.about
-        for caption in record.about["captions"]
-        if caption.endswith(f"{record.about['style']} style")
+        caption: about["name"]
+        for about in read_abouts(data, "val_pair")
+        if "recolored" not in about
+        for caption in about["captions"]
+        if caption.endswith(f"{about['style']} style")
     }
     if not captions:
         raise ValueError(f"val_pair of {data} has no caption that names a style: nothing can be drawn")
@@ -222,8 +221,8 @@ def held_out_captions(data: Path, number: int, seed: int) -> dict[str, str]:
 def unseen_colours(data: Path) -> list[tuple[str, str]]:
     """Pairs of colour and thing that were never seen together."""
     found = set()
-    for record in read_records(data, "val_color"):
-        colour, _, thing = record.about["name"].partition(" ")
+    for about in read_abouts(data, "val_color"):
+        colour, _, thing = about["name"].partition(" ")
         if colour in COLOURS and thing:
             found.add((colour, thing))
     if not found:
@@ -235,33 +234,51 @@ def concept_names(data: Path) -> list[str]:
     """The names of all concepts."""
     return sorted(
         {
-            record.about["name"]
+            about["name"]
             for split in ("train", "val_pair")
-            for record in read_records(data, split)
-            if "recolored" not in record.about
+            for about in read_abouts(data, split)
+            if "recolored" not in about
         }
     )
 
 
 def read_records(data: Path, split: str) -> Iterator[Record]:
     """The pictures of a split with their JSON, in order."""
-    import webdataset as wds
-
     from mindalle.data.samples import Unreadable, decode
 
-    shards = sorted(str(path) for path in data.glob(f"{split}-*.tar"))
-    if not shards:
-        raise FileNotFoundError(f"no {split}-*.tar in {data}: make them with tools/build_emoji.py")
-    for sample in wds.WebDataset(shards, shardshuffle=False):
+    for sample in _samples(data, split):
         decoded = decode(sample["__key__"], BytesIO(sample["png"]), (), None)
         if isinstance(decoded, Unreadable):
             raise ValueError(f"{split}: {decoded.key} is damaged: {decoded.reason}; make the shards again")
         yield Record(decoded.image, json.loads(sample["json"]))
 
 
-def load_parts(args: argparse.Namespace) -> tuple[Pipeline, ClipReranker, list[str]]:
-    """The model to draw with, the judge, and the names that it chooses from."""
+def read_abouts(data: Path, split: str) -> Iterator[dict[str, Any]]:
+    """The JSON of a split's pictures, which are not decoded, in order."""
+    return (json.loads(sample["json"]) for sample in _samples(data, split))
+
+
+def _samples(data: Path, split: str) -> Iterable[dict[str, Any]]:
+    """The files of each picture of a split."""
+    import webdataset as wds
+
+    shards = sorted(str(path) for path in data.glob(f"{split}-*.tar"))
+    if not shards:
+        raise FileNotFoundError(f"no {split}-*.tar in {data}: make them with tools/build_emoji.py")
+    samples: Iterable[dict[str, Any]] = wds.WebDataset(shards, shardshuffle=False)
+    return samples
+
+
+def load_exam(args: argparse.Namespace) -> Exam:
+    """The model to draw with, the judge, and what the data ask."""
     from mindalle import Pipeline
     from mindalle.evaluation.features import load_judge
 
-    return Pipeline.from_pretrained(args.model), load_judge(args.judge), concept_names(args.data)
+    return Exam(
+        pipe=Pipeline.from_pretrained(args.model),
+        judge=load_judge(args.judge),
+        names=concept_names(args.data),
+        captions=held_out_captions(args.data, args.num_captions, args.seed),
+        colours=unseen_colours(args.data)[: args.num_captions],
+        seed=args.seed,
+    )

@@ -14,7 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from mindalle.data.code_cache import tensors_hash
 from mindalle.evaluation.features import FeatureNetwork
 from mindalle.evaluation.frechet import frechet_measure
-from mindalle.evaluation.moments import moments_of
+from mindalle.evaluation.moments import Moments, moments_of
 from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Measure, mean_measure
 from mindalle.image import psnr, to_pil
@@ -193,6 +193,7 @@ def quality_measures(
         RefusedError: if there are too few pictures for a Fréchet distance and `may_refuse` is false.
     """
     measures = []
+    originals = moments_of(found.vectors) if found.vectors is not None else None
     for depth, quality in enumerate(found.by_depth, start=1):
         suffix = f", {depth} of {len(found.by_depth)} depths" if len(found.by_depth) > 1 else ""
         if has_pixels:
@@ -201,26 +202,26 @@ def quality_measures(
         if quality.perceptual is not None and perceptual is not None:
             name, about = f"{perceptual.name}{suffix}", perceptual.about()
             measures.append(mean_measure(name, quality.perceptual, network=about, seed=seed))
-        if quality.vectors is not None and network is not None:
-            measures += _frechet(found, quality, network, suffix, num_components, seed, may_refuse)
+        if quality.vectors is not None and network is not None and originals is not None:
+            measures += _frechet(
+                quality.vectors, originals, network, suffix, num_components, seed, may_refuse
+            )
     return measures
 
 
 def _frechet(
-    found: Reconstructions,
-    quality: ReconstructionQuality,
+    vectors: Tensor,
+    originals: Moments,
     network: FeatureNetwork,
     suffix: str,
     num_components: int | None,
     seed: int,
     may_refuse: bool,
 ) -> list[Measure]:
-    assert found.vectors is not None
-    assert quality.vectors is not None
     try:
         measure = frechet_measure(
-            quality.vectors,
-            moments_of(found.vectors),
+            vectors,
+            originals,
             network,
             metric="rfd",
             num_components=num_components,

@@ -11,6 +11,7 @@ results.jsonl          the lines of all parts, written last
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
@@ -20,6 +21,7 @@ from typing import Any
 import webdataset as wds
 
 from checkpoint_io import CheckpointError, atomic_path
+from mindalle.data.samples import Source, open_source
 from mindalle.generation.job import SetPlan
 from mindalle.generation.painter import DrawnPicture
 
@@ -87,6 +89,17 @@ def make_class_folders(directory: Path, plan: SetPlan) -> None:
     if plan.file_format == "folder":
         for label in range(plan.num_classes):
             (directory / class_folder(plan, label)).mkdir(exist_ok=True)
+
+
+def open_set(directory: Path) -> Source:
+    """The pictures of a finished set that nobody named, and whose kind need not be told."""
+    data = logging.getLogger("mindalle.data")
+    level = data.level
+    data.setLevel(logging.WARNING)
+    try:
+        return open_source(str(directory))
+    finally:
+        data.setLevel(level)
 
 
 def part_path(directory: Path, number: int, suffix: str = ".jsonl") -> Path:

@@ -118,12 +118,13 @@ class SetPlan(Plan):
         return range(number * self.part_size, min((number + 1) * self.part_size, self.num_conditions))
 
 
-def plan_set(job: SetJob, pipe: Pipeline) -> SetPlan:
+def plan_set(job: SetJob, pipe: Pipeline, *, model_hash: str | None = None) -> SetPlan:
     """Check a job and tell what identifies its pictures.
 
     Args:
         job: what to draw.
         pipe: what `job.load()` gives, or a pipeline like it.
+        model_hash: what `checkpoint_hash` gives, if it is at hand; None = the files are read.
 
     Returns:
         The plan.
@@ -143,7 +144,7 @@ def plan_set(job: SetJob, pipe: Pipeline) -> SetPlan:
     assert pipe.model is not None
     condition = pipe.model.config.condition
     return SetPlan(
-        model=checkpoint_hash(job.model, pipe),
+        model=model_hash or checkpoint_hash(job.model, pipe),
         use_ema=job.use_ema,
         precision=job.precision,
         pixels=str(next(pipe.image_tokenizer.decoder.parameters()).dtype),

@@ -22,7 +22,7 @@ from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOption
 from mindalle.evaluation.model import sequence_model
 from mindalle.evaluation.pictures import PictureSet, measure_pictures, read_samples
 from mindalle.evaluation.refusal import refusal
-from mindalle.generation import SetJob, draw_set, plan_set
+from mindalle.generation import SetJob, draw_set, open_set, plan_set
 from mindalle.generation.job import checkpoint_hash
 from mindalle.image import contact_sheet, fit
 from mindalle.memory import candidates_at_once
@@ -236,8 +236,10 @@ class Lab:
             num_threads=max(1, torch.get_num_threads() // self.job.num_processes),
         )
         pipe = self.pipe if job.is_ranked else self.unranked
-        draw_set(job, plan_set(job, pipe), pipe, num_processes=self.job.num_processes)
-        return _open_quietly(folder)
+        draw_set(
+            job, plan_set(job, pipe, model_hash=self.model_hash), pipe, num_processes=self.job.num_processes
+        )
+        return open_set(folder)
 
     def draw_sheet(self, file: str, params: SamplingParams, *, rows: int) -> str:
         """Draw a sheet of the prompts, a column each; returns the file's name in figures/."""
@@ -254,14 +256,3 @@ class Lab:
             # a palette: a third of the bytes, and hardly seen
             sheet.quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(temporary, "PNG", optimize=True)
         return file
-
-
-def _open_quietly(folder: Path) -> Source:
-    """Pictures that nobody named, and whose kind need not be told."""
-    data = logging.getLogger("mindalle.data")
-    level = data.level
-    data.setLevel(logging.WARNING)
-    try:
-        return open_source(str(folder))
-    finally:
-        data.setLevel(level)

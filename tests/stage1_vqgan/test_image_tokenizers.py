@@ -26,6 +26,7 @@ from stage1_vqgan import (
 )
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.convnet import Decoder, Encoder
+from stage1_vqgan.interface import coarse_to_fine
 
 KEYS = Path(__file__).with_name("state_dict_keys.txt")
 
@@ -48,6 +49,17 @@ class TestContract:
         assert tokenizer.codebook_size == 24
         assert tokenizer.code_shape[:2] == (4, 4)
         assert tokenizer.downsampling == 4
+
+    def test_depths(self, tokenizer: QuantizedAutoencoder) -> None:
+        """A codebook size and ever finer codes for each depth; codes without depth have one."""
+        depth = 1 if len(tokenizer.code_shape) == 2 else tokenizer.code_shape[2]
+        assert len(tokenizer.codebook_sizes) == depth
+        assert max(tokenizer.codebook_sizes) == tokenizer.codebook_size
+        codes = tokenizer.encode(draw_images(2, 3, 16, 16))
+        kept = coarse_to_fine(codes)
+        assert torch.equal(kept[-1], codes)
+        assert [part.shape[3:] for part in kept[:-1]] == [(d,) for d in range(1, depth)]
+        assert all(torch.equal(part, codes[..., : part.shape[-1]]) for part in kept[:-1])
 
     def test_encode(self, tokenizer: QuantizedAutoencoder) -> None:
         codes = tokenizer.encode(draw_images(3, 3, 16, 16))
