@@ -1,4 +1,4 @@
-"""What every training shares: AdamW, warm-up and cosine, and a checkpoint that tells what it holds."""
+"""What every training shares: optimiser, warm-up and cosine, and a checkpoint that tells what it holds."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import nn
 
 from checkpoint_io import config_to_mapping, flatten_config
 from mindalle.run import RUN_KEY
+from mindalle.training.muon import MuonAdamW
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and a cosine to the last step."""
+    """AdamW (Loshchilov & Hutter 2019) or Muon with linear warm-up and a cosine to the last step."""
 
     learning_rate: float = 5e-4  # at its peak, > 0
     betas: tuple[float, float] = (0.9, 0.95)  # decay of the first and second moment, in [0, 1)
     weight_decay: float = 0.0  # decoupled, on matrices only (not biases, norms, single vectors), >= 0
+    muon: bool = False  # for the matrices of a sequence model's blocks, see `MuonAdamW`; AdamW for the rest
     warmup_steps: int = 100  # optimiser steps of linear warm-up, >= 0
     final_share: float = 0.0  # learning rate at the last step / at its peak, in [0, 1]; 1 = constant
 
@@ -80,21 +82,41 @@ class Training(pl.LightningModule):
         """What the optimiser trains: the model; an adversary is added here."""
         return [self.model]
 
+    def block_matrices(self) -> list[nn.Parameter]:
+        """What Muon may train: matrices (m, n) between layers, no embeddings or classifiers; none here."""
+        return []
+
     def configure_optimizers(self) -> Any:
-        """AdamW with decay on matrices only, and the schedule, per step.
+        """The optimiser, with decay on matrices only, and the schedule, per step.
 
         Raises:
-            ValueError: if the learning rate falls to the last step and there is none.
+            ValueError: if the learning rate falls to the last step and there is none, or Muon is wanted and
+                has nothing to train, or only parts of matrices.
         """
         config = self.optimizer_config
         parameters = [p for module in self.trained_modules() for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=config.betas,
+        matrices = self.block_matrices() if config.muon else []
+        if config.muon and not matrices:
+            raise ValueError(
+                f"optimizer.muon is for the blocks of sequence models, and {type(self).__name__} has none: "
+                "set it to false"
+            )
+        orthogonalised = {id(matrix) for matrix in matrices}
+        others = [p for p in parameters if id(p) not in orthogonalised]
+        groups = [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = (
+            MuonAdamW(
+                matrices,
+                groups,
+                learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                betas=config.betas,
+            )
+            if config.muon
+            else torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
         )
         total = self.total_steps() if config.final_share < 1 else 1
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, total))
@@ -130,9 +152,12 @@ class Training(pl.LightningModule):
         rate = config.learning_rate
         scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
         factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
-        decays = (config.weight_decay, 0.0)
-        for group, decay in zip(scheduler.optimizer.param_groups, decays, strict=True):
-            group.update(lr=rate * factor, initial_lr=rate, betas=config.betas, weight_decay=decay)
+        *decayed, not_decayed = scheduler.optimizer.param_groups
+        for group in (*decayed, not_decayed):
+            decay = 0.0 if group is not_decayed else config.weight_decay
+            group.update(lr=rate * factor, initial_lr=rate, weight_decay=decay)
+            if "betas" in group:  # AdamW's
+                group["betas"] = config.betas
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole training.

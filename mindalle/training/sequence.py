@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mindalle.training.base import OptimizerConfig, Training
 from mindalle.training.transfer import starting_model
@@ -70,6 +70,11 @@ class SequenceTraining(Training):
             _check_data(self.model.config, data)
         if isinstance(self.model, RQTransformer) and self.model.codebook is not None:
             self.model.codebook.copy_(_codebook(self.model.codebook, data))
+
+    def block_matrices(self) -> list[nn.Parameter]:
+        """The weights of attention and MLP in all blocks of body and head."""
+        stacks = [module for module in self.model.modules() if isinstance(module, Transformer)]
+        return [p for stack in stacks for p in stack.parameters() if p.ndim == 2 and p.requires_grad]
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch, some conditions dropped; returns the loss."""

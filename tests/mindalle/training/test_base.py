@@ -121,6 +121,12 @@ def test_a_training_without_an_end() -> None:
     assert set(constant.rates) == {5e-4}
 
 
+def test_muon_has_nothing_to_train() -> None:
+    message = "optimizer.muon is for the blocks of sequence models, and Line has none: set it to false"
+    with pytest.raises(ValueError, match=message):
+        fit(Line(OptimizerConfig(muon=True)), max_steps=1)
+
+
 class TestResuming:
     def resumed(self, tmp_path: Path, config: OptimizerConfig) -> Line:
         """After four steps with `before`, from its checkpoint."""

@@ -101,6 +101,28 @@ class TestLosses:
         assert {parameter.ndim for parameter in others["params"]} == {1}
         assert len(decayed["params"]) + len(others["params"]) == len(list(module.parameters()))
 
+    def test_muon(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        """It trains what stands between the layers; its steps of a matrix are all but orthogonal."""
+        config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, final_share=1.0, muon=True)
+        module = training(model, optimizer=config)
+        before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+        batch = batch_for(model.code_shape, CONDITIONS["text"])
+        trainer, _ = fit(module, OneBatch(batch, table), max_steps=1)
+        matrices, *others = trainer.optimizers[0].param_groups
+        names = {
+            name for name, p in module.model.named_parameters() if any(p is q for q in matrices["params"])
+        }
+        assert names == {name for name, p in before.items() if ".blocks." in name and p.ndim == 2}
+        assert sum(len(group["params"]) for group in (matrices, *others)) == len(before)
+        for name in names:
+            step = before[name] - module.model.get_parameter(name).detach()
+            values = torch.linalg.svdvals(step) / (1e-2 * 0.2 * max(step.shape) ** 0.5)
+            assert values.median() == pytest.approx(
+                1, abs=0.35
+            )  # of an AdamW step all but a few are far below
+        _, metrics = fit(training(model, optimizer=config), OneBatch(batch, table), max_steps=12)
+        assert metrics[-1]["train/loss"] < 0.7 * metrics[0]["train/loss"]
+
 
 class TestConditionDropout:
     @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
@@ -208,9 +230,11 @@ class TestData:
 
 
 @both
-@pytest.mark.parametrize("is_averaged", [True, False])
+@pytest.mark.parametrize(
+    ("is_averaged", "optimizer"), [(True, FAST), (False, FAST), (True, replace(FAST, muon=True))]
+)
 def test_a_resumed_run_goes_on_exactly(
-    model: GPT | RQTransformer, table: Tensor, tmp_path: Path, is_averaged: bool
+    model: GPT | RQTransformer, table: Tensor, tmp_path: Path, is_averaged: bool, optimizer: OptimizerConfig
 ) -> None:
     """With dropout and dropped conditions; what is exported are the averaged weights, if there are any.
 
@@ -227,7 +251,7 @@ def test_a_resumed_run_goes_on_exactly(
         callbacks: list[pl.Callback] = [saver]
         if is_averaged:
             callbacks.append(EMAWeightAveraging(decay=0.5))
-        module = training(model, null_probability=0.5)
+        module = training(model, null_probability=0.5, optimizer=optimizer)
         fit(module, OneBatch(batch, table), *callbacks, max_steps=6, **options)
         return module, torch.load(tmp_path / folder / "step=6.ckpt", weights_only=True)
 
