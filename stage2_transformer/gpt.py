@@ -19,6 +19,7 @@ from stage2_transformer.layers import (
     normal_parameter,
     successive_rows,
 )
+from stage2_transformer.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,9 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = Transformer(config.transformer)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.head = Linear(width, config.vocab_size, bias=False)
         has_text = config.condition.kind == "text"
-        self.text_head = nn.Linear(width, config.condition.vocab_size, bias=False) if has_text else None
+        self.text_head = Linear(width, config.condition.vocab_size, bias=False) if has_text else None
         self.apply(init_weights)
 
     @property

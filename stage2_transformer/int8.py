@@ -134,7 +134,7 @@ class Int8Loader:
         self.names = [
             f"{name}.weight"
             for name, module in model.named_modules()
-            if type(module) in (nn.Linear, DepthClassifier) and name not in KEPT
+            if isinstance(module, (nn.Linear, DepthClassifier)) and name not in KEPT
         ]
         self._parts: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stage2_transformer.cache import DecodeStep, KVCache, PromptStep
+from stage2_transformer.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.has_attention_bias)
-        self.proj = nn.Linear(config.width, config.width, bias=config.has_attention_bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.has_attention_bias)
+        self.proj = Linear(config.width, config.width, bias=config.has_attention_bias)
 
     def forward(self, x: Tensor, layer: int, step: PromptStep | DecodeStep | None) -> Tensor:
         """(B, n, C) -> (B, n, C); with a step, past keys and values come from its cache and new ones join."""
@@ -115,9 +116,9 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(
-            nn.Linear(config.width, 4 * config.width, bias=config.has_mlp_bias),
+            Linear(config.width, 4 * config.width, bias=config.has_mlp_bias),
             ACTIVATIONS[config.activation](),
-            nn.Linear(4 * config.width, config.width, bias=config.has_mlp_bias),
+            Linear(4 * config.width, config.width, bias=config.has_mlp_bias),
         )
         self.dropout = nn.Dropout(config.residual_dropout)
 

@@ -20,6 +20,7 @@ from stage2_transformer.layers import (
     normal_parameter,
     successive_rows,
 )
+from stage2_transformer.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +151,14 @@ class RQTransformer(nn.Module):
         self.body = Transformer(config.body)
         self.head = Transformer(config.head)
         self.classifier_norm = nn.LayerNorm(width)
-        self.classifier: nn.Linear | DepthClassifier = (
-            nn.Linear(width, sizes[0])
+        self.classifier: Linear | DepthClassifier = (
+            Linear(width, sizes[0])
             if config.has_shared_classifier
             else DepthClassifier(config.depth, width, max(sizes))
         )
         has_text = config.condition.kind == "text"
         self.text_norm = nn.LayerNorm(width) if has_text else None
-        self.text_head = nn.Linear(width, config.condition.vocab_size) if has_text else None
+        self.text_head = Linear(width, config.condition.vocab_size) if has_text else None
         self.apply(init_weights)
 
     @property

@@ -139,8 +139,7 @@ class NaiveGPT(NaiveModel):
         return self._classify(run_stack(self.model.transformer, x, cache.body))
 
     def _classify(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.head(self.model.norm(hidden[:, -1]))
-        return logits
+        return _linear(self.model.head, self.model.norm(hidden[:, -1]))
 
 
 class NaiveRQTransformer(NaiveModel):
@@ -169,7 +168,7 @@ class NaiveRQTransformer(NaiveModel):
         hidden = run_stack(self.model.head, x + self.model.depth_embedding[depth], cache.head)
         normed = self.model.classifier_norm(hidden)
         if isinstance(self.model.classifier, nn.Linear):
-            return self.model.classifier(normed)[:, 0]  # type: ignore[no-any-return]
+            return _linear(self.model.classifier, normed)[:, 0]
         logits: Tensor = self.model.classifier(normed[:, 0], depth)
         logits[:, self.config.codebook_sizes[depth] :] = -math.inf
         return logits
@@ -231,7 +230,8 @@ def run_stack(stack: Transformer, x: Tensor, past: list[Tensor]) -> Tensor:
         normed = block.norm1(x)
         attended, new = _attend(block.attention, normed, before[layer] if before is not None else None)
         x = x + attended
-        x = x + block.mlp(block.norm2(x))
+        widen, activation, narrow = block.mlp
+        x = x + _linear(narrow, activation(_linear(widen, block.norm2(x))))
         present.append(new)
     past.append(torch.stack(present))
     return x
@@ -253,4 +253,9 @@ def _attend(attention: Any, x: Tensor, past: Tensor | None) -> tuple[Tensor, Ten
     is_hidden = torch.ones(length, total, dtype=torch.bool, device=x.device).triu(total - length + 1)
     weights_of_past = scores.masked_fill(is_hidden, -math.inf).softmax(dim=-1)
     attended = rearrange(weights_of_past @ values, "b nh n hd -> b n (nh hd)")
-    return attention.proj(attended), new
+    return _linear(attention.proj, attended), new
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """`nn.Linear` as PyTorch computes it, (..., C) -> (..., C')."""
+    return F.linear(x, layer.weight, layer.bias)

@@ -127,7 +127,7 @@ class TestModels:
     def test_what_is_replaced(self, name: str) -> None:
         model = quantize_(build(name))
         assert precision_of(model) == "int8"
-        left = {n for n, module in model.named_modules() if type(module) is nn.Linear}
+        left = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
         assert left <= {"body_input.linear", "head_input.linear"}
         stacks = ("body", "head") if isinstance(model, RQTransformer) else ("transformer",)
         for stack in stacks:
