@@ -5,6 +5,7 @@ executes code from a file.
 """
 
 from checkpoint_io.config import config_from_mapping, config_to_mapping, flatten_config, read_yaml
+from checkpoint_io.hashes import file_hash, tensors_hash
 from checkpoint_io.keys import KeyTable, load_strict, without_storage
 from checkpoint_io.layout import CheckpointPart, Layout, find_parts
 from checkpoint_io.tensors import CheckpointError, atomic_path, read_tensors, write_safetensors
@@ -17,11 +18,13 @@ __all__ = [
     "atomic_path",
     "config_from_mapping",
     "config_to_mapping",
+    "file_hash",
     "find_parts",
     "flatten_config",
     "load_strict",
     "read_tensors",
     "read_yaml",
+    "tensors_hash",
     "without_storage",
     "write_safetensors",
 ]

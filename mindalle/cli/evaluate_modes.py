@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint_io import file_hash
 from mindalle.cli.command import UsageError, say
 from mindalle.cli.evaluate import RECONSTRUCTION_METRICS
 from mindalle.cli.evaluate_sides import (
@@ -28,7 +29,7 @@ from mindalle.cli.evaluate_sides import (
     read_with_bar,
     resize_rule,
 )
-from mindalle.data.code_cache import file_hash, identified_tokenizer
+from mindalle.data.code_cache import identified_tokenizer
 from mindalle.data.samples import Source, open_source
 from mindalle.evaluation.codebook import codebook_measures
 from mindalle.evaluation.comparison import METRICS, Comparison, measure_all

@@ -12,9 +12,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from checkpoint_io import CheckpointError, config_from_mapping
+from checkpoint_io import CheckpointError, config_from_mapping, file_hash, tensors_hash
 from mindalle.hub import resolve_model
 from mindalle.parts import PLAN, Plan, short
 from mindalle.run import load_image_tokenizer
@@ -69,24 +67,6 @@ class CacheHeader:
     num_unreadable: int  # pictures that were skipped, not in `count`
     num_without_captions: int  # pictures of `count`
     num_classes: int  # largest label + 1, at least the plan's; 0 if some picture has no label
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values of tensors, in hex; their order does not matter."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def identified_tokenizer(name: str) -> tuple[QuantizedAutoencoder, str]:

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint_io import CheckpointError, read_tensors
-from mindalle.data.code_cache import file_hash, tensors_hash
+from checkpoint_io import CheckpointError, file_hash, read_tensors, tensors_hash
 
 if TYPE_CHECKING:
     from mindalle.rerank import ClipReranker

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-from mindalle.data.code_cache import tensors_hash
+from checkpoint_io import tensors_hash
 from mindalle.evaluation.features import FeatureNetwork
 from mindalle.evaluation.frechet import frechet_measure
 from mindalle.evaluation.moments import Moments, moments_of

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from checkpoint_io import CheckpointError, config_from_mapping, find_parts
-from mindalle.data.code_cache import file_hash
+from checkpoint_io import CheckpointError, config_from_mapping, file_hash, find_parts
 from mindalle.generation.judges import judge_hash, load_judge
 from mindalle.hub import resolve_model
 from mindalle.parts import PLAN, Plan

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mindalle.data.code_cache import tensors_hash
+from checkpoint_io import tensors_hash
 from mindalle.pipeline import Pipeline
 from mindalle.rerank import ClipReranker
 

@@ -17,8 +17,8 @@ from cli_results import Command
 from evaluation_sets import write_clip, write_set
 from shard_files import write_pictures, write_shard
 
+from checkpoint_io import file_hash
 from mindalle.cli import evaluate
-from mindalle.data.code_cache import file_hash
 from mindalle.data.samples import open_source
 from mindalle.evaluation import load_moments, ranks_of_own
 from mindalle.evaluation.distances import frechet_distance

@@ -21,10 +21,10 @@ import torch
 from oracle.make import make_taming
 from shard_files import draw_picture, encode_picture, write_pictures, write_shard, write_tar
 
-from checkpoint_io import CheckpointError
+from checkpoint_io import CheckpointError, file_hash
 from mindalle.checkpoint import save_checkpoint
 from mindalle.data import Sample, TransformConfig, open_source, transform
-from mindalle.data.code_cache import CodeCache, file_hash, identified_tokenizer
+from mindalle.data.code_cache import CodeCache, identified_tokenizer
 from mindalle.data.encoding import encode_source
 from mindalle.data.part_encoder import EncodingJob
 from mindalle.data.samples import seed_of

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from shard_files import draw_picture
 
+from checkpoint_io import file_hash
 from mindalle.cli import evaluate
-from mindalle.data.code_cache import file_hash
 from mindalle.evaluation import features
 from mindalle.evaluation.features import FEATURES, RESIZES, FeatureOptions, load_judge
 
