@@ -1,6 +1,5 @@
-"""CLIP models: what one is, how it is built, and how it reads text.
+"""CLIP models: what one is, how it is built, and how it sees pictures and reads text.
 
-The models are open_clip's; its import takes seconds, so it happens in the functions that build one.
 Legend: n pictures, C features, N ids of a prompt, V ids of the text tokenizer.
 """
 
@@ -9,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint_io import CheckpointError
+from mindalle.clip_model import RESNET_EXPANSION, RESNET_STRIDE, Clip
+from mindalle.image import to_tensor
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-RESNET_STRIDE = 32  # pixels of the picture per position of the ResNet's last feature map
-RESNET_EXPANSION = 32  # channels of that map per vision_width; the ResNet's one attention is over it
 
 
 class ClipModel(Protocol):
@@ -81,43 +79,27 @@ class ClipConfig:
             if whole % part:
                 raise ValueError(f"{rule}, got {whole} and {part}")
 
-    def build(self) -> nn.Module:
-        """Build an `open_clip.CLIP` with random weights, in train mode, on the CPU.
-
-        Raises:
-            ImportError: if open_clip is not installed.
-        """
-        open_clip = import_open_clip()
-        vision = open_clip.CLIPVisionCfg(
-            layers=self.vision_layers if self.resnet_stages is None else tuple(self.resnet_stages),
-            width=self.vision_width,
-            head_width=self.vision_head_width,
-            patch_size=self.vision_patch_size,
-            image_size=self.image_size,
-        )
-        text = open_clip.CLIPTextCfg(
-            context_length=self.context_length,
-            vocab_size=self.vocab_size,
-            width=self.text_width,
-            heads=self.text_heads,
-            layers=self.text_layers,
-        )
-        model: nn.Module = open_clip.CLIP(self.embed_dim, vision, text, quick_gelu=self.quick_gelu)
-        return model
+    def build(self) -> Clip:
+        """Build the model with random weights, in train mode, on the CPU."""
+        return Clip(self)
 
     def preprocess(self) -> Preprocess:
-        """Make CLIP's transform of a picture: bicubic resize, centre crop, RGB, normalisation.
+        """CLIP's transform of a picture: bicubic resize of the shorter side, centre crop, RGB, normalisation.
 
         Returns:
             PIL image -> pixels (3, H, W), float32, with H = W = image_size.
-
-        Raises:
-            ImportError: if open_clip is not installed.
         """
-        transform: Preprocess = import_open_clip().image_transform(
-            self.image_size, is_train=False, mean=tuple(self.image_mean), std=tuple(self.image_std)
-        )
-        return transform
+        return self._to_pixels
+
+    def _to_pixels(self, image: Image.Image) -> Tensor:
+        size, shorter = self.image_size, min(image.size)
+        # rounded as torchvision does, which OpenAI's models were trained with: down here, to even there
+        width, height = (size * side // shorter for side in image.size)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        signed = to_tensor(resized.crop((left, top, left + size, top + size)))  # in [-1, 1]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
+        return (signed * 0.5 + 0.5 - mean) / std
 
 
 class ClipTokenizer:
@@ -156,22 +138,9 @@ class ClipTokenizer:
 class NativeClip:
     """A CLIP of the native layout: what is trained, exported and loaded again."""
 
-    model: nn.Module  # what `config.build` gave
+    model: Clip  # what `config.build` gave
     config: ClipConfig
     tokenize: ClipTokenizer
-
-
-def import_open_clip() -> Any:
-    """open_clip, which takes seconds to import.
-
-    Raises:
-        ImportError: if it is not installed.
-    """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError("CLIP models need open_clip: pip install open-clip-torch") from error
-    return open_clip
 
 
 def read_clip_tokenizer(path: str | Path, config: ClipConfig, *, where: str) -> ClipTokenizer:

@@ -13,15 +13,8 @@ from torch import Tensor
 import checkpoint_io
 from checkpoint_io import CheckpointError
 from checkpoint_io.torchscript import is_torchscript, read_torchscript
-from mindalle.clip import (
-    RESNET_STRIDE,
-    ClipConfig,
-    NativeClip,
-    Preprocess,
-    Tokenize,
-    import_open_clip,
-    read_clip_tokenizer,
-)
+from mindalle.clip import ClipConfig, NativeClip, Preprocess, Tokenize, read_clip_tokenizer
+from mindalle.clip_model import RESNET_STRIDE
 
 # OpenAI's names -> open_clip's; "quickgelu" is the activation OpenAI trained with.
 OPENAI_MODELS = {
@@ -40,7 +33,7 @@ OPENAI_HEAD_WIDTH = 64  # channels of an attention head in all of OpenAI's model
 # in OpenAI's archives beside the weights; attn_mask is the causal mask, which a model makes itself.
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
-ClipParts: TypeAlias = tuple[Any, Preprocess, Tokenize]  # the model is Any: open_clip has no types
+ClipParts: TypeAlias = tuple[Any, Preprocess, Tokenize]  # the model is Any: open_clip's have no types
 
 
 def load_clip(name_or_path: str | Path) -> ClipParts:
@@ -56,7 +49,7 @@ def load_clip(name_or_path: str | Path) -> ClipParts:
     Raises:
         FileNotFoundError: if the name is unknown, the download fails or a file is missing.
         ValueError: if a file is damaged, asks to run code, or does not fit its config.
-        ImportError: if open_clip is not installed.
+        ImportError: if the model is OpenAI's, and open_clip, which has the tokenizer, is not installed.
     """
     if (name := str(name_or_path)) in OPENAI_MODELS:
         model, preprocess, tokenize = _load_named(name)
@@ -83,7 +76,6 @@ def load_native_clip(directory: str | Path) -> NativeClip:
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is damaged or does not fit its config.
-        ImportError: if open_clip is not installed.
     """
     directory = Path(directory)
     where = f"clip section of {directory / 'config.yaml'}"
@@ -92,13 +84,24 @@ def load_native_clip(directory: str | Path) -> NativeClip:
         raise ValueError(f"{where} must be a mapping, got {section!r}: name another CLIP to rerank with")
     config = checkpoint_io.config_from_mapping(ClipConfig, section, where=where)
     tokenize = read_clip_tokenizer(directory / "text_tokenizer.json", config, where=where)
-    model, weights = config.build(), directory / "clip.safetensors"
+    weights = directory / "clip.safetensors"
+    with checkpoint_io.without_storage():
+        model = config.build()
     checkpoint_io.load_strict(model, checkpoint_io.read_tensors(weights), source=str(weights))
     return NativeClip(model=model.eval(), config=config, tokenize=tokenize)
 
 
+def _import_open_clip() -> Any:
+    """Takes seconds."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError("OpenAI's CLIP models need open_clip: pip install open-clip-torch") from error
+    return open_clip
+
+
 def _load_named(name: str) -> ClipParts:
-    open_clip = import_open_clip()
+    open_clip = _import_open_clip()
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(OPENAI_MODELS[name], pretrained="openai")
     except (OSError, RuntimeError) as error:  # open_clip wraps what the network raised
@@ -119,9 +122,10 @@ def _load_openai_file(path: Path) -> ClipParts:
             f"{path} has {config.vocab_size} text ids, expected {OPENAI_VOCAB_SIZE} for OpenAI's tokenizer: "
             "pass the model and its own tokenizer to ClipReranker(model, preprocess, tokenize)"
         )
-    model = config.build()
+    with checkpoint_io.without_storage():
+        model = config.build()
     checkpoint_io.load_strict(model, tensors, source=str(path))
-    tokenize = import_open_clip().SimpleTokenizer(context_length=config.context_length)
+    tokenize = _import_open_clip().SimpleTokenizer(context_length=config.context_length)
     return model, config.preprocess(), tokenize
 
 

@@ -52,7 +52,7 @@ class ClipReranker:
         Raises:
             FileNotFoundError: if the name is unknown, the download fails or a file is missing.
             ValueError: if a file is damaged, asks to run code, or does not fit its config.
-            ImportError: if open_clip is not installed.
+            ImportError: if the model is OpenAI's, and open_clip, which has the tokenizer, is not installed.
         """
         model, preprocess, tokenize = load_clip(name_or_path)
         return cls(model.to(device), preprocess, tokenize)

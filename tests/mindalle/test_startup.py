@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+
+import mindalle
+from mindalle.checkpoint import save_checkpoint
+from mindalle.clip import ClipConfig, NativeClip, read_clip_tokenizer
 
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy", "torch.fx.experimental.symbolic_shapes")
 TRAINING = ("pytorch_lightning", "torchmetrics", "jsonargparse", "tensorboard", "webdataset", "scipy")
@@ -39,6 +46,21 @@ with without_storage():
 assert all(parameter.is_meta for model in models for parameter in model.parameters())
 report("build without storage")
 """
+RANK = """
+import sys
+from mindalle import Pipeline
+drawn = Pipeline.from_pretrained("emoji", clip=sys.argv[1])("a red apple", num_candidates=2)
+assert len(drawn.scores) == 1
+report("rank")
+"""
+
+
+def run(code: str, *arguments: str) -> list[list[object]]:
+    """What the code reports: steps, and what they had imported of the above."""
+    command = [sys.executable, "-c", REPORT + code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +70,28 @@ report("build without storage")
 )
 def test_nothing_heavy_is_imported(code: str, steps: list[str]) -> None:
     """Models on the meta device used to import sympy and torch's compiler: a second, and 130 MB."""
-    command = [sys.executable, "-c", REPORT + code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [[step, []] for step in steps]
+    assert run(code) == [[step, []] for step in steps]
+
+
+@pytest.mark.parametrize("resnet_stages", [None, (1, 1, 1, 1)], ids=["vit", "resnet"])
+def test_nothing_heavy_is_imported_to_rank(tmp_path: Path, resnet_stages: tuple[int, ...] | None) -> None:
+    """CLIPs used to be open_clip's, which imports torchvision, timm and the compiler: seconds."""
+    words = Path(mindalle.__file__).parent / "models" / "emoji" / "text_tokenizer.json"
+    config = ClipConfig(
+        embed_dim=8,
+        image_size=32,
+        vision_layers=4,
+        vision_width=32,
+        vision_patch_size=32,
+        vision_head_width=32,
+        resnet_stages=resnet_stages,
+        text_layers=1,
+        text_width=16,
+        text_heads=1,
+        context_length=26,
+        vocab_size=Tokenizer.from_file(str(words)).get_vocab_size() + 2,
+    )
+    tokenize = read_clip_tokenizer(words, config, where="a test")
+    clip = NativeClip(model=config.build(), config=config, tokenize=tokenize)
+    save_checkpoint(tmp_path / "clip", clip=clip, dtype=torch.float16)
+    assert run(RANK, str(tmp_path / "clip")) == [["rank", []]]
