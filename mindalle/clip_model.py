@@ -41,8 +41,11 @@ class Clip(nn.Module):
         self.visual = (
             VisionTransformer(config, activation) if config.resnet_stages is None else ResNet(config)
         )
+        # drawn in one order and kept in another, as open_clip's: a seed gives the same weights, and an
+        # optimiser's state finds its parameters
+        token_embedding = nn.Embedding(config.vocab_size, width)
         self.transformer = Transformer(width, config.text_layers, config.text_heads, activation)
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.token_embedding = token_embedding
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.ln_final = LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
@@ -52,7 +55,6 @@ class Clip(nn.Module):
     def _initialise_text(self, width: int, num_layers: int) -> None:
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
         stds = {
             "attn.in_proj_weight": width**-0.5,
             "attn.out_proj.weight": (2 * width * num_layers) ** -0.5,  # 2 branches of a block are summed up
@@ -62,6 +64,7 @@ class Clip(nn.Module):
         for block in self.transformer.resblocks:
             for name, std in stds.items():
                 nn.init.normal_(block.get_parameter(name), std=std)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Pixels (n, 3, H, W), as `ClipConfig.preprocess` makes them -> features (n, C) of any length."""
