@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from stage2_transformer.layers import QuickGELU
+
 if TYPE_CHECKING:
     from mindalle.clip import ClipConfig
 
@@ -88,14 +90,6 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(..., W) -> the same shape and dtype."""
         return super().forward(x).to(x.dtype)
-
-
-class QuickGELU(nn.Module):
-    """An approximation of GELU: what OpenAI's models were trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same."""
-        return x * torch.sigmoid(1.702 * x)
 
 
 class Block(nn.Module):

@@ -77,7 +77,7 @@ class ClipTraining(Training):
             self.register_buffer(name, values, persistent=False)
 
     def model_config(self) -> ClipConfig:
-        """The config of the model, which is open_clip's and does not know it."""
+        """The config of the model, which does not keep it."""
         return self.config
 
     def setup(self, stage: str) -> None:

@@ -63,6 +63,20 @@ def run(code: str, *arguments: str) -> list[list[object]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+READ_PICTURES = """
+import mindalle.generation.painter
+import mindalle.data
+assert not [name for name in sys.modules if "lightning" in name]
+assert mindalle.data.ImageData.__module__ == "mindalle.data.images"
+assert "pytorch_lightning" in sys.modules
+"""
+
+
+def test_lightning_is_for_training() -> None:
+    """Drawing sets and evaluating used to import it, with the data modules."""
+    assert run(READ_PICTURES) == []
+
+
 @pytest.mark.parametrize(
     ("code", "steps"),
     [(IMPORT, ["import"]), (DRAW, ["draw", "load in int8", "build without storage"])],
