@@ -95,6 +95,7 @@ def test_a_closed_pipe_is_no_crash(checkpoints: Path, photo: Path, tmp_path: Pat
     assert (process.returncode, err) == (1, "")
 
 
+@pytest.mark.slow
 def test_the_console_command(checkpoints: Path, tmp_path: Path) -> None:
     command = ("-m", "mindalle.cli.main", "convert")
     code, out, err = run(*command, checkpoints / "taming", tmp_path / "copy")

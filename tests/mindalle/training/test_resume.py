@@ -96,6 +96,7 @@ def test_killed(data: Path, kind: str) -> None:
     check(data, kept=6)
 
 
+@pytest.mark.slow
 def test_longer_than_planned(data: Path) -> None:
     """The steps after the last regular checkpoint were lost at the end of a training."""
     whole, short, _ = configs("gpt", data, 3)

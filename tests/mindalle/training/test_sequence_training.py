@@ -231,7 +231,12 @@ class TestData:
 
 @both
 @pytest.mark.parametrize(
-    ("is_averaged", "optimizer"), [(True, FAST), (False, FAST), (True, replace(FAST, muon=True))]
+    ("is_averaged", "optimizer"),
+    [
+        (True, FAST),
+        (False, FAST),
+        pytest.param(True, replace(FAST, muon=True), marks=pytest.mark.slow, id="muon"),
+    ],
 )
 def test_a_resumed_run_goes_on_exactly(
     model: GPT | RQTransformer, table: Tensor, tmp_path: Path, is_averaged: bool, optimizer: OptimizerConfig
