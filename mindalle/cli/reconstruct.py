@@ -155,8 +155,8 @@ class _Totals:
         """Measure a batch and say each picture's PSNR."""
         import torch
 
-        from mindalle.evaluation.codebook import code_counts
         from mindalle.image import psnr, to_pil
+        from stage1_vqgan.quantize.usage import code_counts
 
         values = torch.stack([psnr(images, column) for column in columns], dim=1)
         for file, value in zip(files, values[:, -1].tolist(), strict=True):
@@ -174,7 +174,7 @@ class _Totals:
         """The mean PSNR of each column; per depth how many codebook entries are used, and how evenly."""
         import torch
 
-        from mindalle.evaluation.codebook import perplexity
+        from stage1_vqgan.quantize.usage import perplexity
 
         assert self.counts is not None
         values = torch.cat(self.psnr)

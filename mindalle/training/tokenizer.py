@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mindalle.evaluation.codebook import perplexity
 from mindalle.image import psnr
 from mindalle.run import load_image_tokenizer
 from mindalle.training.base import OptimizerConfig, Training
@@ -17,6 +16,7 @@ from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
 from stage1_vqgan.perceptual import SMALLEST_SIDES
 from stage1_vqgan.quantize import CodebookAverages, CodebookTrainingConfig
+from stage1_vqgan.quantize.usage import perplexity
 
 
 class TokenizerTraining(Training):

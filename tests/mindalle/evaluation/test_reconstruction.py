@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mindalle.evaluation.codebook import code_counts, codebook_measures, perplexity
+from mindalle.evaluation.codebook import codebook_measures
 from mindalle.evaluation.distances import frechet_distance
 from mindalle.evaluation.features import FeatureNetwork, Features
 from mindalle.evaluation.moments import moments_of
@@ -23,6 +23,7 @@ from mindalle.evaluation.reconstruction import (
 from mindalle.evaluation.refusal import RefusedError
 from mindalle.image import to_pil, to_tensor
 from stage1_vqgan import RQVAE, VQGAN
+from stage1_vqgan.quantize.usage import code_counts, perplexity
 
 
 class Offset:
