@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from stage2_transformer.layers import QuickGELU
+from stage2_transformer.layers import QuickGELU, normal_parameter
 
 if TYPE_CHECKING:
     from mindalle.clip import ClipConfig
@@ -139,14 +139,14 @@ class VisionTransformer(nn.Module):
         width, patch_size = config.vision_width, config.vision_patch_size
         num_patches = (config.image_size // patch_size) ** 2
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
-        self.class_embedding = normal(width, std=width**-0.5)
-        self.positional_embedding = normal(num_patches + 1, width, std=width**-0.5)
+        self.class_embedding = normal_parameter(width, std=width**-0.5)
+        self.positional_embedding = normal_parameter(num_patches + 1, width, std=width**-0.5)
         self.ln_pre = LayerNorm(width)
         self.transformer = Transformer(
             width, config.vision_layers, width // config.vision_head_width, activation
         )
         self.ln_post = LayerNorm(width)
-        self.proj = normal(width, config.embed_dim, std=width**-0.5)
+        self.proj = normal_parameter(width, config.embed_dim, std=width**-0.5)
 
     def forward(self, image: Tensor) -> Tensor:
         """Pixels (n, 3, H, W) -> features (n, C)."""
@@ -237,7 +237,7 @@ class AttentionPool(nn.Module):
     def __init__(self, width: int, num_positions: int, num_heads: int, embed_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.positional_embedding = normal(num_positions + 1, width, std=width**-0.5)
+        self.positional_embedding = normal_parameter(num_positions + 1, width, std=width**-0.5)
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -257,8 +257,3 @@ class AttentionPool(nn.Module):
         pooled = rearrange(F.scaled_dot_product_attention(q, k, v), "n nh 1 hd -> n (nh hd)")
         features: Tensor = self.c_proj(pooled)
         return features
-
-
-def normal(*shape: int, std: float) -> nn.Parameter:
-    """A parameter drawn from a normal distribution."""
-    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))

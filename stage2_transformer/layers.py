@@ -205,9 +205,9 @@ INIT_STD = 0.02
 """Of GPT-2's initialisation, as in the originals."""
 
 
-def normal_parameter(*shape: int) -> nn.Parameter:
-    """A parameter of this shape, drawn from N(0, INIT_STD)."""
-    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=INIT_STD))
+def normal_parameter(*shape: int, std: float = INIT_STD) -> nn.Parameter:
+    """A parameter of this shape, drawn from N(0, std^2)."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
 
 
 def init_weights(module: nn.Module) -> None:

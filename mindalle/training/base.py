@@ -152,12 +152,12 @@ class Training(pl.LightningModule):
         rate = config.learning_rate
         scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
         factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
-        *decayed, not_decayed = scheduler.optimizer.param_groups
-        for group in (*decayed, not_decayed):
-            decay = 0.0 if group is not_decayed else config.weight_decay
-            group.update(lr=rate * factor, initial_lr=rate, weight_decay=decay)
+        groups = scheduler.optimizer.param_groups
+        for group in groups:
+            group.update(lr=rate * factor, initial_lr=rate, weight_decay=config.weight_decay)
             if "betas" in group:  # AdamW's
                 group["betas"] = config.betas
+        groups[-1]["weight_decay"] = 0.0  # of all that is no matrix
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole training.

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from clip_models import clip_config
 
 import mindalle
 from mindalle.checkpoint import save_checkpoint
-from mindalle.clip import ClipConfig, NativeClip, read_clip_tokenizer
+from mindalle.clip import NativeClip, read_clip_tokenizer
 
 COMPILER = ("torch._dynamo", "torch._inductor", "sympy", "torch.fx.experimental.symbolic_shapes")
 TRAINING = ("pytorch_lightning", "torchmetrics", "jsonargparse", "tensorboard", "webdataset", "scipy")
@@ -88,19 +88,14 @@ def test_nothing_heavy_is_imported(code: str, steps: list[str]) -> None:
 def test_nothing_heavy_is_imported_to_rank(tmp_path: Path, resnet_stages: tuple[int, ...] | None) -> None:
     """CLIPs used to be open_clip's, which imports torchvision, timm and the compiler: seconds."""
     words = Path(mindalle.__file__).parent / "models" / "emoji" / "text_tokenizer.json"
-    config = ClipConfig(
-        embed_dim=8,
+    config = clip_config(
+        words,
         image_size=32,
         vision_layers=4,
-        vision_width=32,
         vision_patch_size=32,
         vision_head_width=32,
         resnet_stages=resnet_stages,
-        text_layers=1,
-        text_width=16,
-        text_heads=1,
         context_length=26,
-        vocab_size=Tokenizer.from_file(str(words)).get_vocab_size() + 2,
     )
     tokenize = read_clip_tokenizer(words, config, where="a test")
     clip = NativeClip(model=config.build(), config=config, tokenize=tokenize)
