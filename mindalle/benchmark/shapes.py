@@ -64,7 +64,7 @@ SHAPES: dict[str, Shape] = {
         model=GPTConfig(transformer=TransformerConfig(width=512, num_layers=8, num_heads=8)),
     ),
     "emoji": Shape(
-        image_tokenizer=VQGANConfig(
+        image_tokenizer=RQVAEConfig(
             convnet=ConvNetConfig(
                 image_size=64,
                 channels=32,
@@ -73,13 +73,17 @@ SHAPES: dict[str, Shape] = {
                 attention_resolutions=(8,),
                 latent_channels=128,
             ),
-            quantizer=VectorQuantizerConfig(codebook_size=2048, width=64),
+            quantizer=ResidualQuantizerConfig(codebook_sizes=(2048,) * 3, width=64, is_shared=False),
+            latent_width=64,
         ),
-        model=GPTConfig(
-            transformer=TransformerConfig(width=192, num_layers=5, num_heads=6),
-            condition=ConditionConfig(kind="text", vocab_size=1024, length=24),
-            vocab_size=2048,
-            code_shape=(8, 8),
+        model=RQTransformerConfig(
+            body=TransformerConfig(width=256, num_layers=8, num_heads=8),
+            head=TransformerConfig(width=256, num_layers=2, num_heads=8),
+            condition=ConditionConfig(kind="text", vocab_size=2048, length=24),
+            codebook_sizes=(2048,) * 3,
+            code_shape=(8, 8, 3),
+            codebook_width=64,
+            has_shared_classifier=False,
         ),
     ),
 }

@@ -6,7 +6,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from itertools import islice, product
 from pathlib import Path
@@ -16,6 +16,7 @@ from mindalle.cli.command import Parser, UsageError, positive_int, run, say
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from mindalle import SamplingParams
     from mindalle.pipeline import Pipeline
@@ -29,7 +30,8 @@ EXAMPLES = """\
   {prog} reconstruct data/emoji --model runs/emoji/rqvae
   {prog} clip data/emoji --judge runs/emoji/judge
   {prog} draw data/emoji --model emoji --judge runs/emoji/judge --num-candidates 16 --out measures.json
-  {prog} sweep data/emoji --model emoji --judge runs/emoji/judge --num-captions 60"""
+  {prog} sweep data/emoji --model emoji --judge runs/emoji/judge --num-captions 60
+  {prog} int8 data/emoji --model emoji --judge runs/emoji/judge"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def build_parser(prog: str) -> Parser:
         examples=EXAMPLES,
     )
     add = parser.add_argument
-    add("what", choices=("reconstruct", "clip", "draw", "sweep"), help="what to measure")
+    add("what", choices=tuple(MEASURES), help="what to measure")
     add("data", type=Path, metavar="DATA", help="folder of the shards, see build_emoji.py")
     add("--model", default="emoji", metavar="NAME", help="bundled name, path or run (emoji)")
     add("--judge", metavar="NAME", help="the CLIP that judges: not the one that ranks, or it judges itself")
@@ -68,7 +70,7 @@ def measure(args: argparse.Namespace) -> None:
     """Measure, print, and add to the JSON."""
     if args.what != "reconstruct" and args.judge is None:
         raise UsageError(f"{args.what} needs a CLIP that judges: pass --judge")
-    results = {"reconstruct": reconstruct, "clip": retrieve, "draw": draw, "sweep": sweep}[args.what](args)
+    results = MEASURES[args.what](args)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "debug", "what")}
     entry = {"measure": args.what, "settings": settings, "results": results}
     say(json.dumps(results, indent=1))
@@ -136,6 +138,53 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": sorted(rows, key=lambda row: -row["recall_at_5"] - row["colour_accuracy"])}
 
 
+def int8(args: argparse.Namespace) -> dict[str, Any]:
+    """What int8 weights change: the model's distributions over held-out codes, and its drawings."""
+    from mindalle import Pipeline
+
+    exam = load_exam(args)
+    rounded = replace(exam, pipe=Pipeline.from_pretrained(args.model, precision="int8"))
+    records = list(islice(read_records(args.data, "val_pair"), args.num_captions))
+    exact_scores, rounded_scores = exam.similarities(), rounded.similarities()
+    return divergence(exam.pipe, rounded.pipe, records) | {
+        "clip_score_fp32": exact_scores.mean().item(),
+        "clip_score_int8": rounded_scores.mean().item(),
+        "clip_score_difference_error": (
+            (rounded_scores - exact_scores).std() / len(exact_scores) ** 0.5
+        ).item(),
+        "num_drawings": len(exact_scores),
+    }
+
+
+def divergence(exact: Pipeline, rounded: Pipeline, records: Sequence[Record]) -> dict[str, Any]:
+    """Mean KL(exact | rounded) in nats per code, and how often both find the same code likeliest."""
+    import torch
+    import torch.nn.functional as F
+
+    from mindalle.image import fit, to_tensor
+
+    tokenizer, models = exact.image_tokenizer, [exact.model, rounded.model]
+    assert tokenizer is not None
+    size = (tokenizer.convnet.image_size,) * 2
+    total, same, count = 0.0, 0, 0
+    with torch.inference_mode():
+        for first in range(0, len(records), BATCH):
+            some = records[first : first + BATCH]
+            images = torch.stack([to_tensor(fit(record.image, size)) for record in some])  # (B, 3, H, W)
+            codes = tokenizer.encode(images)
+            cond = exact.encode_conditions([record.about["captions"][0] for record in some])
+            logs, rounded_logs = (
+                F.log_softmax(model(codes, cond).logits, dim=-1) for model in models if model is not None
+            )
+            total += F.kl_div(rounded_logs, logs, log_target=True, reduction="sum").item()
+            same += int((logs.argmax(dim=-1) == rounded_logs.argmax(dim=-1)).sum())
+            count += codes.numel()
+    return {"kl": total / count, "same_likeliest_code": same / count, "num_codes": count}
+
+
+MEASURES = {"reconstruct": reconstruct, "clip": retrieve, "draw": draw, "sweep": sweep, "int8": int8}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exam:
     """Who draws what, and who judges it by which names: the same for every setting."""
@@ -157,6 +206,12 @@ class Exam:
             "colour_accuracy": colour_accuracy(self.judge, pictures, self.colours),
             "num_colours": len(self.colours),
         }
+
+    def similarities(self) -> Tensor:
+        """Cosines (n,) of the held-out captions and what is drawn of them, one candidate each."""
+        captions = list(self.captions)
+        pictures = draw_prompts(self.pipe, captions, 1, self.pipe.sampling.params, self.seed)
+        return (self.judge.encode_images(pictures) * self.judge.encode_texts(captions)).sum(dim=-1)
 
 
 def concept_recall(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import torch
 from cli_results import Command
 from evaluation_sets import COLOURS, colour_judge, plain, write_clip, write_emoji_shard
 
+from mindalle import Pipeline
 from mindalle.cli import measure_emoji
 from mindalle.cli.measure_emoji import (
     colour_accuracy,
     concept_names,
     concept_recall,
+    divergence,
     held_out_captions,
     read_records,
     unseen_colours,
 )
 from mindalle.image import fit, psnr, to_tensor
 from stage1_vqgan import load_tokenizer
+from stage2_transformer.int8 import has_int8
 
 
 def about(name: str, style: str = "flat", **more: Any) -> dict[str, Any]:
@@ -109,6 +113,36 @@ def test_a_judge_and_drawings(mindalle: Command, text_model: Path, emoji: Path, 
     assert (drawn["num_pictures"], drawn["num_colours"], drawn["recall_at_5"]) == (2, 2, 1)
     assert 0 <= drawn["colour_accuracy"] <= 1
     assert "best_of_16" not in entry["results"]  # the model has no CLIP to choose with
+
+
+@pytest.mark.skipif(not has_int8(), reason="needs int8 kernels")
+def test_what_int8_changes(mindalle: Command, text_model: Path, emoji: Path, tmp_path: Path) -> None:
+    judge = write_clip(tmp_path / "judge")
+    result = mindalle("measure_emoji", "int8", emoji, "--model", text_model, "--judge", judge)
+    assert result.code == 0, result.err
+    found = json.loads("\n".join(result.out))
+    assert 0 < found["kl"] < 0.01
+    assert 0.8 < found["same_likeliest_code"] <= 1
+    assert found["num_drawings"] == 2
+    assert found["clip_score_fp32"] == pytest.approx(found["clip_score_int8"], abs=0.5)
+
+
+def test_divergence_by_hand(text_model: Path, emoji: Path) -> None:
+    """A model and one whose classifier is flat: KL is log V - entropy, and nothing is agreed on."""
+    exact, flat = (Pipeline.from_pretrained(text_model) for _ in range(2))
+    records = list(read_records(emoji, "val_pair"))
+    same = divergence(exact, exact, records)
+    assert (same["kl"], same["same_likeliest_code"]) == (0, 1)
+    for parameter in flat.model.parameters():
+        parameter.data.zero_()
+    size = (exact.image_tokenizer.convnet.image_size,) * 2
+    images = torch.stack([to_tensor(fit(record.image, size)) for record in records])
+    codes = exact.image_tokenizer.encode(images)
+    logits = exact.model(codes, exact.encode_conditions([r.about["captions"][0] for r in records])).logits
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    found = divergence(exact, flat, records)
+    assert found["kl"] == pytest.approx((math.log(logits.shape[-1]) - entropy).item(), rel=1e-3)
+    assert found["num_codes"] == codes.numel()
 
 
 def test_sweep_puts_the_best_first(

@@ -307,7 +307,7 @@ def test_a_resumed_run_goes_on_exactly(
             },
         ),
         (
-            "mindalle.training.GPTTraining",
+            "mindalle.training.RQTransformerTraining",
             {"pretrained": "emoji", "condition": {"kind": "class", "vocab_size": 5, "length": 1}},
         ),
     ],
