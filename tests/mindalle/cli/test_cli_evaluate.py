@@ -326,11 +326,13 @@ def test_the_bundled_model_as_a_process(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = read(tmp_path / "r.json")
-    assert set(found) == {
-        *("PSNR", "SSIM", "EffLite-perceptual", "EffLite-rFD-3", "codebook usage", "codebook perplexity")
-    }
     images = pictures(tmp_path / "set", 64)
     tokenizer = load_tokenizer(resolve_model("emoji"))
+    depths = range(1, tokenizer.codebook().shape[0] + 1)
+    assert set(found) == {
+        *("PSNR", "SSIM", "EffLite-perceptual", "EffLite-rFD-3"),
+        *(f"codebook {what}, depth {depth}" for what in ("usage", "perplexity") for depth in depths),
+    }
     with torch.no_grad():
         value = psnr(images, tokenizer.decode(tokenizer.encode(images))).mean().item()
     assert found["PSNR"]["value"] == pytest.approx(value, abs=1e-3)
