@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mindalle import SamplingParams
     from mindalle.pipeline import Pipeline
     from mindalle.rerank import ClipReranker
+    from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 """Of the recoloured copies: a colour is right one time in seven by chance."""
@@ -82,25 +83,28 @@ def measure(args: argparse.Namespace) -> None:
 
 def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
     """PSNR and SSIM on `val_pair`."""
-    import torch
-
     from mindalle.evaluation import measure_reconstruction
-    from mindalle.image import fit, to_tensor
     from mindalle.run import load_image_tokenizer
 
     tokenizer = load_image_tokenizer(args.model)
-    size = (tokenizer.convnet.image_size,) * 2
     records = read_records(args.data, "val_pair")
-    batches = (
-        torch.stack([to_tensor(fit(record.image, size)) for record in batch])
-        for batch in iter(lambda: list(islice(records, BATCH)), [])
-    )
+    batches = (to_batch(batch, tokenizer) for batch in iter(lambda: list(islice(records, BATCH)), []))
     (quality,) = measure_reconstruction(tokenizer, batches).by_depth
     return {
         "psnr": quality.psnr.mean().item(),
         "ssim": quality.ssim.mean().item(),
         "num_images": len(quality.psnr),
     }
+
+
+def to_batch(records: Sequence[Record], tokenizer: QuantizedAutoencoder) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], of the size that the tokenizer was trained on."""
+    import torch
+
+    from mindalle.image import fit, to_tensor
+
+    size = (tokenizer.convnet.image_size,) * 2
+    return torch.stack([to_tensor(fit(record.image, size)) for record in records])
 
 
 def retrieve(args: argparse.Namespace) -> dict[str, Any]:
@@ -161,17 +165,13 @@ def divergence(exact: Pipeline, rounded: Pipeline, records: Sequence[Record]) ->
     import torch
     import torch.nn.functional as F
 
-    from mindalle.image import fit, to_tensor
-
     tokenizer, models = exact.image_tokenizer, [exact.model, rounded.model]
     assert tokenizer is not None
-    size = (tokenizer.convnet.image_size,) * 2
     total, same, count = 0.0, 0, 0
     with torch.inference_mode():
         for first in range(0, len(records), BATCH):
             some = records[first : first + BATCH]
-            images = torch.stack([to_tensor(fit(record.image, size)) for record in some])  # (B, 3, H, W)
-            codes = tokenizer.encode(images)
+            codes = tokenizer.encode(to_batch(some, tokenizer))
             cond = exact.encode_conditions([record.about["captions"][0] for record in some])
             logs, rounded_logs = (
                 F.log_softmax(model(codes, cond).logits, dim=-1) for model in models if model is not None
