@@ -215,4 +215,7 @@ def write_safetensors(
         for name, tensor in tensors.items()
     }
     with atomic_path(path) as temporary:
+        temporary.touch()  # with the mode of any new file; save_file's is private to its owner
+        mode = temporary.stat().st_mode
         save_file(stored, temporary, metadata=dict(metadata or {}))
+        temporary.chmod(mode)

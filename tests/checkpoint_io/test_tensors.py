@@ -185,6 +185,13 @@ class TestWriteSafetensors:
         assert_same(read_tensors(path), TENSORS)
         assert [entry.name for entry in path.parent.iterdir()] == ["model.safetensors"]
 
+    def test_who_may_read_it(self, tmp_path: Path) -> None:
+        """Whoever may read any other new file: safetensors alone writes for the owner only."""
+        path, other = tmp_path / "model.safetensors", tmp_path / "other"
+        write_safetensors(path, TENSORS)
+        other.touch()
+        assert path.stat().st_mode == other.stat().st_mode
+
     def test_dtype_is_for_floating_point(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         write_safetensors(path, TENSORS, dtype=torch.float16)
