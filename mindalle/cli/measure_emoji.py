@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from itertools import islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mindalle.cli.command import Parser, UsageError, positive_int, run, say
 
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     from mindalle.rerank import ClipReranker
     from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
+T = TypeVar("T")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 """Of the recoloured copies: a colour is right one time in seven by chance."""
 BATCH = 64
-SWEEP = {"temperature": (0.7, 0.85, 1.0), "top_k": (64, 256, None), "cfg_scale": (1.0, 2.0, 3.0, 5.0)}
+SWEEP = {"temperature": (0.7, 0.85, 1.0), "top_k": (64, 256, None), "cfg_scale": (2.0, 3.0, 5.0, 8.0)}
 EXAMPLES = """\
   {prog} reconstruct data/emoji --model runs/emoji/rqvae
-  {prog} clip data/emoji --judge runs/emoji/judge
-  {prog} draw data/emoji --model emoji --judge runs/emoji/judge --num-candidates 16 --out measures.json
-  {prog} sweep data/emoji --model emoji --judge runs/emoji/judge --num-captions 60
-  {prog} int8 data/emoji --model emoji --judge runs/emoji/judge"""
+  {prog} clip data/emoji --judge runs/emoji/clip_judge
+  {prog} draw data/emoji --model emoji --judge runs/emoji/clip_judge --num-candidates 16 --out measures.json
+  {prog} sweep data/emoji --model emoji --judge runs/emoji/clip_judge --num-captions 60
+  {prog} int8 data/emoji --model emoji --judge runs/emoji/clip_judge"""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,20 @@ def build_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("what", choices=tuple(MEASURES), help="what to measure")
     add("data", type=Path, metavar="DATA", help="folder of the shards, see build_emoji.py")
-    add("--model", default="emoji", metavar="NAME", help="bundled name, path or run (emoji)")
+    add(
+        "--model",
+        default="emoji",
+        metavar="NAME",
+        help="bundled name or path; for reconstruct a run too (emoji)",
+    )
     add("--judge", metavar="NAME", help="the CLIP that judges: not the one that ranks, or it judges itself")
-    add("--num-captions", type=positive_int, default=200, metavar="N", help="held-out captions drawn (200)")
+    add(
+        "--num-captions",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="held-out captions and unseen colours drawn, at most (200)",
+    )
     add("--num-candidates", type=positive_int, default=16, metavar="N", help="of best-of-N (16)")
     add("--seed", type=int, default=0, help="of captions and drawings (0)")
     add("--out", type=Path, metavar="FILE", help="JSON to add the results to")
@@ -129,7 +141,7 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """The same for every combination of `SWEEP`, with one candidate; the best recall at 5 comes first."""
+    """The same for every combination of `SWEEP`, one candidate; the best sum of R@5 and colours comes first."""
     from mindalle import SamplingParams
 
     exam = load_exam(args)
@@ -148,7 +160,7 @@ def int8(args: argparse.Namespace) -> dict[str, Any]:
 
     exam = load_exam(args)
     rounded = replace(exam, pipe=Pipeline.from_pretrained(args.model, precision="int8"))
-    records = list(islice(read_records(args.data, "val_pair"), args.num_captions))
+    records = sample(list(read_records(args.data, "val_pair")), args.num_captions, args.seed)
     exact_scores, rounded_scores = exam.similarities(), rounded.similarities()
     return divergence(exam.pipe, rounded.pipe, records) | {
         "clip_score_fp32": exact_scores.mean().item(),
@@ -277,11 +289,10 @@ def held_out_captions(data: Path, number: int, seed: int) -> dict[str, str]:
     }
     if not captions:
         raise ValueError(f"val_pair of {data} has no caption that names a style: nothing can be drawn")
-    chosen = random.Random(seed).sample(sorted(captions), min(number, len(captions)))
-    return {caption: captions[caption] for caption in chosen}
+    return {caption: captions[caption] for caption in sample(sorted(captions), number, seed)}
 
 
-def unseen_colours(data: Path) -> list[tuple[str, str]]:
+def unseen_colours(data: Path, number: int, seed: int) -> list[tuple[str, str]]:
     """Pairs of colour and thing that were never seen together."""
     found = set()
     for about in read_abouts(data, "val_color"):
@@ -290,7 +301,12 @@ def unseen_colours(data: Path) -> list[tuple[str, str]]:
             found.add((colour, thing))
     if not found:
         raise ValueError(f"val_color of {data} has no name of a colour and a thing: nothing can be drawn")
-    return sorted(found)
+    return sample(sorted(found), number, seed)
+
+
+def sample(population: Sequence[T], number: int, seed: int) -> list[T]:
+    """`number` of them, or all if there are fewer, in random order."""
+    return random.Random(seed).sample(population, min(number, len(population)))
 
 
 def concept_names(data: Path) -> list[str]:
@@ -342,6 +358,6 @@ def load_exam(args: argparse.Namespace) -> Exam:
         judge=load_judge(args.judge),
         names=concept_names(args.data),
         captions=held_out_captions(args.data, args.num_captions, args.seed),
-        colours=unseen_colours(args.data)[: args.num_captions],
+        colours=unseen_colours(args.data, args.num_captions, args.seed),
         seed=args.seed,
     )

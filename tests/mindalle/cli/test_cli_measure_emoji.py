@@ -21,6 +21,7 @@ from mindalle.cli.measure_emoji import (
     divergence,
     held_out_captions,
     read_records,
+    sample,
     unseen_colours,
 )
 from mindalle.image import fit, psnr, to_tensor
@@ -61,8 +62,18 @@ def test_what_is_asked_for(emoji: Path) -> None:
     captions = held_out_captions(emoji, 10, seed=0)
     assert captions == {"a green apple, flat style": "green apple", "a red car, blob style": "red car"}
     assert len(held_out_captions(emoji, 1, seed=0)) == 1
-    assert unseen_colours(emoji) == [("blue", "apple"), ("red", "apple")]
+    assert sorted(unseen_colours(emoji, 10, seed=0)) == [("blue", "apple"), ("red", "apple")]
     assert [record.about["name"] for record in read_records(emoji, "train")] == ["red car", "blue car"]
+
+
+def test_fewer_are_a_random_sample() -> None:
+    """Not the first ones, which are sorted: by colour, or by style."""
+    assert sorted(sample(range(5), 9, seed=0)) == list(range(5))
+    chosen = [sample(range(100), 10, seed=seed) for seed in range(20)]
+    assert all(len(set(some)) == 10 for some in chosen)
+    assert 40 < sum(map(sum, chosen)) / 200 < 60
+    assert chosen[0] != chosen[1]
+    assert chosen[0] == sample(range(100), 10, seed=0)
 
 
 def test_perfect_and_wrong_recall() -> None:
