@@ -79,12 +79,13 @@ class GPT(nn.Module):
         """(h, w) or (h, w, D)."""
         return self.config.code_shape
 
-    def forward(self, codes: Tensor, cond: Tensor | None) -> SequenceOutput:
+    def forward(self, codes: Tensor, cond: Tensor | None, past: Tensor | None = None) -> SequenceOutput:
         """Predict every code from the condition and the codes before it; the oracle of cached decoding.
 
         Args:
-            codes: int64 (B, *code_shape).
+            codes: int64 (B, *code_shape); only their shape counts where `past` is given.
             cond: text ids (B, N), labels (B,), or None.
+            past: like `codes`, what is read of earlier codes; None = `codes`.
 
         Returns:
             SequenceOutput with logits (B, *code_shape, V), and for text text_logits (B, N - 1, V_text).
@@ -92,7 +93,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: if shapes or ranges do not fit the model.
         """
-        codes = flatten_codes(codes, self.code_shape)
+        codes = flatten_codes(codes if past is None else past, self.code_shape)
         prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
         x = torch.cat([prompt, self.code_embedding(codes[:, :-1]) + self.code_positions[:-1]], dim=1)
         x = self.norm(self.transformer(self.dropout(x)))  # (B, N + T - 1, C)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
@@ -20,8 +21,15 @@ class SequenceLossConfig:
     code_weight: float = 1.0  # of the codes' cross-entropy, >= 0
     text_weight: float = 0.1  # of the text's, >= 0; not used by models that read no text
     ignores_padding: bool = False  # leave padding out of the text's; the originals learn to predict it
+    depth_weights: tuple[float, ...] = ()  # of the depths' codes, >= 0 and relative; () = all depths alike
 
     def __post_init__(self) -> None:
+        if any(weight < 0 for weight in self.depth_weights) or (
+            self.depth_weights and not sum(self.depth_weights)
+        ):
+            raise ValueError(
+                f"depth_weights must be at least 0 and one of them above, got {self.depth_weights}"
+            )
         if self.code_weight < 0 or self.text_weight < 0:
             raise ValueError(
                 "code_weight and text_weight must be at least 0, "
@@ -58,20 +66,32 @@ def sequence_losses(
         The losses.
 
     Raises:
-        ValueError: if `targets` are not of the logits' shape.
+        ValueError: if `targets` are not of the logits' shape, or there is not a depth to each of the depth
+            weights.
     """
     if targets is None:
         per_code = code_cross_entropy(output.logits, codes)
     else:
         per_code = soft_cross_entropy(output.logits, targets)
     code = per_code.mean()
-    total, text = config.code_weight * code, None
+    by_depth = reduce(per_code, "b h w d -> d", "mean") if per_code.ndim == 4 else None
+    total = config.code_weight * (_weighted(by_depth, config.depth_weights) if config.depth_weights else code)
+    text = None
     # a text of a single id has no second one to predict
     if output.text_logits is not None and cond is not None and cond.shape[1] > 1:
         text = text_cross_entropy(output.text_logits, cond, ignores_padding=config.ignores_padding)
         total = total + config.text_weight * text
-    by_depth = reduce(per_code, "b h w d -> d", "mean") if per_code.ndim == 4 else None
     return SequenceLosses(total, code, text, by_depth)
+
+
+def _weighted(by_depth: Tensor | None, weights: tuple[float, ...]) -> Tensor:
+    """Weighted mean of the losses (D,) of the depths."""
+    if by_depth is None or len(by_depth) != len(weights):
+        found = "no depth" if by_depth is None else f"{len(by_depth)} depths"
+        raise ValueError(
+            f"depth_weights has {len(weights)} weights, the codes have {found}: name one for each, or none"
+        )
+    return torch.sum(by_depth * by_depth.new_tensor(weights)) / sum(weights)
 
 
 def code_cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:

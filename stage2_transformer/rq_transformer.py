@@ -171,12 +171,13 @@ class RQTransformer(nn.Module):
         """(h, w, D)."""
         return self.config.code_shape
 
-    def forward(self, codes: Tensor, cond: Tensor | None) -> SequenceOutput:
+    def forward(self, codes: Tensor, cond: Tensor | None, past: Tensor | None = None) -> SequenceOutput:
         """Predict every code from the condition and the codes before it; the oracle of cached decoding.
 
         Args:
             codes: int64 (B, h, w, D).
             cond: text ids (B, N), labels (B,), or None.
+            past: like `codes`, what is read of earlier positions; None = `codes`.
 
         Returns:
             SequenceOutput with logits (B, h, w, D, V), -inf beyond a depth's own codebook, and for text
@@ -187,8 +188,9 @@ class RQTransformer(nn.Module):
         """
         depth = self.config.depth
         by_position = flatten_codes(codes, self.code_shape).view(len(codes), -1, depth)  # (B, T) -> (B, P, D)
+        read = by_position if past is None else flatten_codes(past, self.code_shape).view_as(by_position)
         prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
-        positions = self._read_positions(by_position[:, :-1]) + self.position_embedding[:-1]
+        positions = self._read_positions(read[:, :-1]) + self.position_embedding[:-1]
         x = self.body(self.dropout(torch.cat([prompt, positions], dim=1)))  # (B, N + P - 1, C)
         length = prompt.shape[1]
         contexts = x[:, length - 1 :].unsqueeze(2)  # (B, P, 1, C)

@@ -141,7 +141,7 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """The same for every combination of `SWEEP`, one candidate; the best sum of R@5 and colours comes first."""
+    """The same for all combinations of `SWEEP`, one candidate; the best sum of R@5 and colours first."""
     from mindalle import SamplingParams
 
     exam = load_exam(args)

@@ -29,6 +29,10 @@ class SequenceTraining(Training):
         loss: weights; None = the defaults.
         null_probability: chance that a sample's condition is replaced by the null condition, for guidance, in
             [0, 1].
+        past_noise: largest share of a sample's codes that the model reads as those of another sample of the
+            batch, in [0, 1]; each sample's own share is uniform below it. Without, a model that sees few
+            pictures often knows each by its first codes, and heeds the condition little. (The `pkeep` of
+            taming-transformers does this with random codes and one share for all.)
         gradient_checkpointing: whether blocks are computed again in the backward pass, to save memory.
 
     Raises:
@@ -45,13 +49,17 @@ class SequenceTraining(Training):
         optimizer: OptimizerConfig | None,
         loss: SequenceLossConfig | None,
         null_probability: float,
+        past_noise: float,
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__(optimizer)
         self.model = model
         self.loss_config = loss or SequenceLossConfig()
         self.null_probability = null_probability
+        self.past_noise = past_noise
         _check_null(model.config.condition, null_probability)
+        if not 0 <= past_noise <= 1:
+            raise ValueError(f"past_noise must be in [0, 1], got {past_noise}")
         for module in model.modules():
             if isinstance(module, Transformer):
                 module.recomputes_blocks = gradient_checkpointing
@@ -78,7 +86,8 @@ class SequenceTraining(Training):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch, some conditions dropped; returns the loss."""
-        losses, _ = self._losses(batch, self._drop_conditions(batch.get("cond")))
+        cond, past = self._drop_conditions(batch.get("cond")), self._disturbed(batch["codes"])
+        losses, _ = self._losses(batch, cond, past)
         self._log_losses("train", losses, len(batch["codes"]))
         return losses.total
 
@@ -97,9 +106,20 @@ class SequenceTraining(Training):
         is_dropped = is_dropped.view(-1, *[1] * (cond.ndim - 1))  # (B,) or (B, 1)
         return torch.where(is_dropped, self.model.null_condition(cond), cond)
 
-    def _losses(self, batch: Mapping[str, Any], cond: Tensor | None) -> tuple[SequenceLosses, Tensor]:
+    def _disturbed(self, codes: Tensor) -> Tensor | None:
+        """The codes (B, *code_shape) with some positions of each sample as they are in another one."""
+        if self.past_noise == 0:
+            return None
+        share = torch.rand(len(codes), 1, 1, device=codes.device) * self.past_noise
+        is_other = torch.rand(codes.shape[:3], device=codes.device) < share  # (B, h, w)
+        is_other = is_other.view(*is_other.shape, *[1] * (codes.ndim - 3))  # (B, h, w) or (B, h, w, 1)
+        return torch.where(is_other, codes.roll(1, dims=0), codes)
+
+    def _losses(
+        self, batch: Mapping[str, Any], cond: Tensor | None, past: Tensor | None = None
+    ) -> tuple[SequenceLosses, Tensor]:
         """Losses and logits (B, *code_shape, V)."""
-        output = self.model(batch["codes"], cond)
+        output = self.model(batch["codes"], cond, past)
         losses = sequence_losses(output, batch["codes"], cond, self.loss_config, batch.get("targets"))
         return losses, output.logits
 
@@ -122,6 +142,7 @@ class GPTTraining(SequenceTraining):
         optimizer: None = the defaults.
         loss: weights; None = the defaults.
         null_probability: share of conditions replaced by the null condition, in [0, 1].
+        past_noise: largest share of codes read as another sample's, in [0, 1].
         gradient_checkpointing: whether to save memory by computing blocks twice.
         pretrained: training run, bundled name, path or release to start from, see `starting_model`.
         condition: replaces the pretrained model's.
@@ -135,6 +156,7 @@ class GPTTraining(SequenceTraining):
         optimizer: OptimizerConfig | None = None,
         loss: SequenceLossConfig | None = None,
         null_probability: float = 0.0,
+        past_noise: float = 0.0,
         gradient_checkpointing: bool = False,
         pretrained: str | None = None,
         condition: ConditionConfig | None = None,
@@ -144,6 +166,7 @@ class GPTTraining(SequenceTraining):
             optimizer=optimizer,
             loss=loss,
             null_probability=null_probability,
+            past_noise=past_noise,
             gradient_checkpointing=gradient_checkpointing,
         )
 
@@ -156,6 +179,7 @@ class RQTransformerTraining(SequenceTraining):
         optimizer: None = the defaults.
         loss: weights; None = the defaults.
         null_probability: share of conditions replaced by the null condition, in [0, 1].
+        past_noise: largest share of codes read as another sample's, in [0, 1].
         gradient_checkpointing: whether to save memory by computing blocks twice.
         pretrained: training run, bundled name, path or release to start from, see `starting_model`.
         condition: replaces the pretrained model's.
@@ -169,6 +193,7 @@ class RQTransformerTraining(SequenceTraining):
         optimizer: OptimizerConfig | None = None,
         loss: SequenceLossConfig | None = None,
         null_probability: float = 0.0,
+        past_noise: float = 0.0,
         gradient_checkpointing: bool = False,
         pretrained: str | None = None,
         condition: ConditionConfig | None = None,
@@ -178,6 +203,7 @@ class RQTransformerTraining(SequenceTraining):
             optimizer=optimizer,
             loss=loss,
             null_probability=null_probability,
+            past_noise=past_noise,
             gradient_checkpointing=gradient_checkpointing,
         )
 

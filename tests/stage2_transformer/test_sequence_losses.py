@@ -57,6 +57,33 @@ def test_losses_by_hand(name: str) -> None:
         assert losses.by_depth is None
 
 
+def test_weights_of_the_depths() -> None:
+    """They change what is minimised, not what is reported; only their ratios count."""
+    output, codes, cond = output_of("rq_text")
+    losses = sequence_losses(
+        output,
+        codes,
+        cond,
+        SequenceLossConfig(code_weight=0.5, text_weight=0.0, depth_weights=(6.0, 0.0, 2.0)),
+    )
+    first, _, last = losses.by_depth
+    torch.testing.assert_close(losses.total, 0.5 * (0.75 * first + 0.25 * last))
+    torch.testing.assert_close(losses.code, losses.by_depth.mean())
+
+
+@pytest.mark.parametrize(("name", "found"), [("gpt_text", "no depth"), ("rq_text", "3 depths")])
+def test_a_weight_for_each_depth(name: str, found: str) -> None:
+    output, codes, cond = output_of(name)
+    with pytest.raises(ValueError, match=f"depth_weights has 2 weights, the codes have {found}"):
+        sequence_losses(output, codes, cond, SequenceLossConfig(depth_weights=(1.0, 0.5)))
+
+
+@pytest.mark.parametrize("weights", [(1.0, -0.5), (0.0, 0.0)])
+def test_depth_weights_that_are_no_weights(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="depth_weights must be at least 0 and one of them above, got"):
+        SequenceLossConfig(depth_weights=weights)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_certain_target_is_a_code(name: str) -> None:
     output, codes, _ = output_of(name)

@@ -120,6 +120,29 @@ def test_the_condition_moves_every_code(name: str) -> None:
     assert (logits[0] - logits[1]).abs().amax(dim=-1).min() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["gpt_text", "gpt_residual_codes", "rq_text"])
+def test_another_past(name: str) -> None:
+    """What is read of it are earlier positions; an RQ-Transformer reads its own position from the codes."""
+    config, model = MODELS[name], build(name)
+    codes, cond = draw_codes(config, 2), draw_cond(config, 2)
+    other = codes.roll(1, dims=0)
+    with torch.no_grad():
+        read, plain, own = (
+            model(codes, cond, other).logits,
+            model(other, cond).logits,
+            model(codes, cond).logits,
+        )
+        assert torch.equal(model(codes, cond, codes).logits, own)
+    if isinstance(model, RQTransformer):
+        assert torch.equal(read[..., 0, :], plain[..., 0, :])
+        assert not torch.equal(read[..., 1:, :], plain[..., 1:, :])
+        first = (slice(None), 0, 0)  # before it there is the condition alone
+        assert torch.equal(read[first], own[first])
+    else:
+        assert torch.equal(read, plain)
+    assert not torch.equal(read, own)
+
+
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_null_condition(name: str) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 2)

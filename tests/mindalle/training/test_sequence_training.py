@@ -164,6 +164,45 @@ class TestConditionDropout:
             training(tiny_gpt, condition, null_probability=probability)
 
 
+@both
+class TestPastNoise:
+    def test_how_much_of_each_sample(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        """Whole positions come from the sample before; the shares are uniform below the largest."""
+        module = training(model, past_noise=0.6)
+        size = model.code_shape[:2]
+        codes = torch.arange(2000).view(-1, *[1] * len(model.code_shape)).expand(-1, *model.code_shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            seen = module._disturbed(codes)
+        is_other = seen != codes
+        assert torch.equal(seen[is_other], ((codes - 1) % 2000)[is_other])
+        by_position = is_other.view(2000, *size, -1)
+        assert torch.equal(by_position.all(dim=-1), by_position.any(dim=-1))
+        shares = is_other.float().flatten(1).mean(dim=1)
+        assert shares.mean().item() == pytest.approx(0.3, abs=0.02)
+        assert (shares > 0.5).any()
+        assert (shares < 0.1).any()
+        assert training(model, past_noise=0.0)._disturbed(codes) is None
+
+    def test_in_training_only(
+        self, model: GPT | RQTransformer, table: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = training(model, past_noise=1.0)
+        monkeypatch.setattr(module, "log_dict", lambda *args, **options: None)
+        monkeypatch.setattr(module, "log", lambda *args, **options: None)
+        batch, seen = batch_for(model.code_shape, CONDITIONS["text"]), []
+        module.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+        module.training_step(batch, 0)
+        module.validation_step(batch, 0)
+        assert seen[0].shape == batch["codes"].shape
+        assert not torch.equal(seen[0], batch["codes"])
+        assert seen[1] is None
+
+    def test_refused(self, model: GPT | RQTransformer, table: Tensor) -> None:
+        with pytest.raises(ValueError, match=r"past_noise must be in \[0, 1\], got 1.5"):
+            training(model, past_noise=1.5)
+
+
 def test_gradient_checkpointing_reaches_every_stack(tiny_rq: RQTransformer) -> None:
     for is_on in (False, True):
         module = training(tiny_rq, gradient_checkpointing=is_on)
