@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_models import save_model, small_job
+from torch.utils.tensorboard import SummaryWriter
 
 from mindalle.report import best_of, decoding, sampling
 from mindalle.report.records import read_record
@@ -150,6 +152,20 @@ def test_damaged_data_is_one_clear_error(tiny_rqvae: RQVAE, tmp_path: Path) -> N
     (job.out / "figures" / "depths.png").write_bytes(b"<svg onload=alert(1)>")
     with pytest.raises(ValueError, match=r"depths\.png is no sheet of pictures"):
         render(job.out)
+
+
+def test_curves_that_are_no_numbers(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
+    """The loss of a run that diverged was "not JSON compliant", and no page was made."""
+    writer = SummaryWriter(str(tmp_path / "run"))
+    for step, loss in enumerate((2.0, math.inf, math.nan)):
+        writer.add_scalar("train/loss", loss, step)
+    writer.close()
+    model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
+    job = small_job(tmp_path, model, runs=(("GPT", tmp_path / "run"),))
+    assert measure_sections(job, ["learning"]) == ["learning"]
+    (run,) = read_record(job.out, "learning").results["runs"]  # type: ignore[union-attr]
+    assert run["curves"]["train/loss"]["values"] == [2.0, "inf", "nan"]
+    assert "Training of GPT" in render(job.out)[0].read_text()
 
 
 def test_a_killed_section_goes_on(
