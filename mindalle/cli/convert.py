@@ -9,9 +9,9 @@ from pathlib import Path
 from mindalle.cli.command import Parser, check_writable, run, say
 
 EXAMPLES = """\
-  {prog} 1.3B minDALL-E-native --dtype fp16
+  {prog} path/to/1.3B minDALL-E-native --dtype fp16
   {prog} rq-vae/cc3m cc3m-native --text-tokenizer bpe16k/
-  {prog} vqgan_imagenet_f16_16384 vqgan-native"""
+  {prog} path/to/vqgan_imagenet_f16_16384 vqgan-native"""
 
 
 def build_parser(prog: str) -> Parser:
