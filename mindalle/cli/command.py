@@ -171,6 +171,18 @@ def positive_int(text: str) -> int:
     return value
 
 
+def add_checkpoint_options(parser: argparse._ActionsContainer) -> None:
+    """What a checkpoint leaves open to who loads a model of it."""
+    parser.add_argument("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
+    add_ema_option(parser)
+
+
+def add_ema_option(parser: argparse._ActionsContainer) -> None:
+    """What a checkpoint leaves open to who loads an image tokenizer of it."""
+    help_ = "take the averaged weights of an rq-vae checkpoint"
+    parser.add_argument("--ema", action="store_true", help=help_)
+
+
 def check_device(device: str) -> None:
     """Refuse a device that is not there, before anything is loaded.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mindalle.cli.command import Parser, positive_int, run
+from mindalle.cli.command import Parser, add_checkpoint_options, add_ema_option, positive_int, run
 
 METRICS = ("fd", "kd", "is", "pr", "clip_score", "r_precision")
 RECONSTRUCTION_METRICS = ("pixels", "perceptual", "rfd", "codebook")
@@ -66,6 +66,7 @@ def build_reconstruct_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("tokenizer", metavar="TOKENIZER", help="bundled name, path, training run, release or hub id")
     add("data", metavar="DATA", help="pictures: folder or WebDataset shards")
+    add_ema_option(parser)
     add("--depths", action="store_true", help="residual codes: decode from 1, 2, ... D depths")
     names = ("lpips", "efflite", "none")
     add("--perceptual", choices=names, default="lpips", help="perceptual distance (lpips, a download)")
@@ -93,6 +94,7 @@ def build_model_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="bundled name, checkpoint path, release or hub id")
     add("data", metavar="DATA", help="captioned pictures: folder or WebDataset shards")
+    add_checkpoint_options(parser)
     choices = ("nll", *METRICS)
     add("--metrics", nargs="+", choices=choices, help=f"what to measure (all that can be): {METRICS_HELP}")
     add("--save-images", type=Path, metavar="DIR", help="keep the drawn pictures in a new folder")

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindalle.cli.command import Parser, UsageError, check_writable, positive_int, run, say
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    add_checkpoint_options,
+    check_writable,
+    positive_int,
+    run,
+    say,
+)
 
 SECTIONS = ("decoding", "sampling", "depths", "best_of", "learning")
 QUICK: dict[str, Any] = {
@@ -39,6 +47,7 @@ def build_parser(prog: str) -> Parser:
     add("data", metavar="DATA", nargs="?", help="captioned pictures not trained on: folder or shards")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report, its data and figures")
     add("--model", default="emoji", metavar="NAME", help="bundled name, checkpoint path or hub id (emoji)")
+    add_checkpoint_options(parser)
     add("--judge", metavar="NAME", help="the CLIP of the scores: not the one that ranks, or it judges itself")
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
     add("--render-only", action="store_true", help="measure nothing, make the page from the data at hand")
@@ -95,6 +104,8 @@ def report(args: argparse.Namespace, command: str) -> None:
         job = ReportJob(
             data=args.data,
             model=args.model,
+            text_tokenizer=args.text_tokenizer,
+            use_ema=args.ema,
             out=args.out,
             judge=args.judge,
             features=args.features,

@@ -171,6 +171,8 @@ def _sides(record: Mapping[str, Any]) -> str:
     """What was compared with what."""
     subject, reference = record["subject"], record["reference"]
     text = f"{subject['kind']} {subject['name']}"
+    if subject.get("chosen"):
+        text += f" ({subject['chosen']})"
     return f"{text} against {reference['name']}" if reference is not None else text
 
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from checkpoint_io import atomic_path
 from mindalle.data.samples import Source, open_source
-from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, clip_hash, load_judge
+from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
+from mindalle.evaluation.frechet import check_components
 from mindalle.evaluation.model import sequence_model
 from mindalle.evaluation.pictures import PictureSet, measure_pictures, read_samples
 from mindalle.evaluation.refusal import refusal
@@ -42,6 +43,8 @@ class ReportJob:
 
     data: str | None = None  # captioned pictures that the model was not trained on
     model: str = "emoji"  # bundled name, path, release or hub id
+    text_tokenizer: str | None = None  # where it is not with the checkpoint
+    use_ema: bool = False  # the averaged weights of an rq-vae checkpoint
     out: Path
     judge: str | None = None  # the CLIP of all scores, which is not the one that ranks
     features: str = "efflite"  # of FEATURES, for Fréchet distances
@@ -73,7 +76,8 @@ class Lab:
     @cached_property
     def pipe(self) -> Pipeline:
         """The model."""
-        return Pipeline.from_pretrained(self.job.model)
+        job = self.job
+        return Pipeline.from_pretrained(job.model, text_tokenizer=job.text_tokenizer, use_ema=job.use_ema)
 
     @cached_property
     def unranked(self) -> Pipeline:
@@ -108,13 +112,15 @@ class Lab:
     @cached_property
     def judge_hash(self) -> str | None:
         """SHA-256 of its weights."""
-        return clip_hash(self.judge) if self.judge is not None else None
+        return self.judge.weights_hash if self.judge is not None else None
 
     @cached_property
     def network(self) -> FeatureNetwork:
         """The feature network."""
         options = FeatureOptions(inception_weights=self.job.inception_weights, clip=self.job.judge)
-        return FEATURES[self.job.features](options)
+        network = FEATURES[self.job.features](options)
+        check_components(self.num_components, network)
+        return network
 
     @property
     def num_components(self) -> int | None:
@@ -186,6 +192,7 @@ class Lab:
         about: dict[str, Any] = {
             "model": self.model_hash,
             "model_name": job.model,
+            "ema": job.use_ema,
             "data": self.source.fingerprint,
             "data_name": self.source.name,
             "num_pictures": self.num_pictures,
@@ -227,6 +234,8 @@ class Lab:
             conditions=self.captions,
             directory=folder,
             model=self.job.model,
+            text_tokenizer=self.job.text_tokenizer,
+            use_ema=self.job.use_ema,
             params=params,
             num_images=num_candidates,
             num_candidates=num_candidates,

@@ -18,7 +18,9 @@ from evaluation_sets import write_clip, write_set
 from shard_files import write_pictures, write_shard
 
 from checkpoint_io import file_hash
+from mindalle.checkpoint import SamplingDefaults, save_checkpoint
 from mindalle.cli import evaluate
+from mindalle.clip_weights import load_native_clip
 from mindalle.data.samples import open_source
 from mindalle.evaluation import load_moments, ranks_of_own
 from mindalle.evaluation.distances import frechet_distance
@@ -27,7 +29,9 @@ from mindalle.evaluation.moments import moments_of
 from mindalle.hub import resolve_model
 from mindalle.image import fit, open_image, psnr, to_tensor
 from mindalle.pipeline import Pipeline
-from stage1_vqgan import load_tokenizer
+from mindalle.text import TextTokenizer
+from stage1_vqgan import VQGAN, load_tokenizer
+from stage2_transformer import GPT
 
 ROOT = Path(evaluate.__file__).parents[2]
 
@@ -193,6 +197,78 @@ def test_model(mindalle: Command, text_model: Path, clip: Path, sets: Path, tmp_
         assert record["subject"]["prepared"] == "16x16: shorter side, PIL bicubic, antialiased; centre crop"
         assert record["value"] == pytest.approx(found[name]["value"], rel=1e-4)
         assert record["num_images"] == 30
+
+
+def test_averaged_weights_and_a_text_tokenizer(
+    mindalle: Command, checkpoints: Path, sets: Path, tmp_path: Path
+) -> None:
+    """A text release of rq-vae has neither a tokenizer nor one set of weights: it could not be measured."""
+    for stage in ("stage1", "stage2"):
+        (tmp_path / "bare" / stage).parent.mkdir(exist_ok=True)
+        (tmp_path / "bare" / stage).symlink_to(checkpoints / "rq-text" / stage)
+    words, out = checkpoints / "rq-text" / "text_tokenizer.json", tmp_path / "results.json"
+    arguments = ("evaluate", "model", tmp_path / "bare", sets / "few", "--text-tokenizer", words, "--ema")
+    drawn = ("--metrics", "nll", "--save-images", tmp_path / "drawn", "--out", out)
+    result = mindalle(*arguments, *drawn)
+    assert result.code == 0, result.err
+    pipe = Pipeline.from_pretrained(tmp_path / "bare", text_tokenizer=words, use_ema=True)
+    captions = [texts[0] for texts in open_source(str(sets / "few")).captions()]
+    with torch.no_grad():
+        codes = pipe.image_tokenizer.encode(pictures(sets / "few"))
+        assert pipe.model is not None
+        logits = pipe.model(codes, pipe.encode_conditions(captions)).logits  # (B, h, w, D, V)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 3), codes.flatten()).item()
+    found = read(out)["NLL per code"]
+    assert found["value"] == pytest.approx(nll, rel=1e-4)
+    assert found["subject"]["ema"] is True
+    assert json.loads((tmp_path / "drawn" / "plan.json").read_text())["use_ema"] is True
+
+    values = []
+    for option in ((), ("--ema",)):
+        out = tmp_path / f"reconstructions{len(option)}.json"
+        few = (checkpoints / "rq-text", sets / "few", "--metrics", "pixels", *option, "--out", out)
+        assert mindalle("evaluate", "reconstruct", *few).code == 0
+        record = read(out)["PSNR"]
+        assert record["subject"]["ema"] is bool(option)
+        values.append((record["value"], record["subject"]["sha256"]))
+    tokenizer = load_tokenizer(checkpoints / "rq-text", use_ema=True)
+    images = pictures(sets / "few")
+    with torch.no_grad():
+        value = psnr(images, tokenizer.decode(tokenizer.encode(images))).mean().item()
+    assert values[1][0] == pytest.approx(value, abs=1e-3)
+    assert values[0][0] != values[1][0]
+    assert values[0][1] != values[1][1]
+
+
+def test_who_chose_among_how_many_is_said(
+    mindalle: Command, tiny_vqgan: VQGAN, tiny_gpt: GPT, clip: Path, sets: Path, tmp_path: Path
+) -> None:
+    """A checkpoint whose CLIP ranks: in a folder of generate.py nothing told that it had chosen."""
+    save_checkpoint(
+        tmp_path / "model",
+        image_tokenizer=tiny_vqgan,
+        model=tiny_gpt,
+        text_tokenizer=TextTokenizer.from_file(clip / "text_tokenizer.json", length=6),
+        clip=load_native_clip(clip),
+        sampling=SamplingDefaults(num_candidates=3),
+    )
+    draw = ("generate", "--model", tmp_path / "model", "--prompt", "a red apple", "--num-images", 2)
+    assert mindalle(*draw, "--out", tmp_path / "drawn").code == 0
+    judged = ("--clip", clip, "--metrics", "clip_score", "--out", tmp_path / "r.json")
+    result = mindalle("evaluate", "images", tmp_path / "drawn", *judged)
+    assert result.code == 0, result.err
+    assert result.out[0] == f"pictures {tmp_path / 'drawn'} (best 2 of 6)"
+    record = read(tmp_path / "r.json")["CLIP score"]
+    assert record["subject"]["chosen"] == "best 2 of 6"
+    assert "chosen by the CLIP that judges them" in record["warnings"][0]
+
+    out = tmp_path / "model.json"
+    few = (tmp_path / "model", sets / "few", "--clip", clip, "--metrics", "clip_score", "--out", out)
+    result = mindalle("evaluate", "model", *few)
+    assert result.code == 0, result.err
+    assert any("drawn without choosing, where generate.py takes the best of 3" in line for line in result.err)
+    record = read(out)["CLIP score"]
+    assert (record["subject"]["num_candidates"], record["warnings"]) == (1, [])
 
 
 def test_likelihood_alone_draws_nothing(mindalle: Command, checkpoints: Path, tmp_path: Path) -> None:

@@ -48,6 +48,16 @@ def test_usage_errors(mindalle: Command, tmp_path: Path, arguments: list[str], m
     assert not (tmp_path / "out").exists()
 
 
+def test_options_reach_the_job(mindalle: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+    monkeypatch.setattr("mindalle.report.sections.measure_sections", lambda job, names: jobs.append(job))
+    monkeypatch.setattr("mindalle.report.sections.render", lambda out: [])
+    options = ("--text-tokenizer", "words.json", "--ema", "--num-pictures", 9, "--seed", 3)
+    assert mindalle("report", "data", "--out", tmp_path, *options).code == 0
+    (job,) = jobs
+    assert (job.text_tokenizer, job.use_ema, job.num_pictures, job.seed) == ("words.json", True, 9, 3)
+
+
 @pytest.mark.slow
 def test_a_page_of_data_alone(mindalle: Command, tmp_path: Path) -> None:
     """Rendering needs neither model nor runs; a damaged data file is one line."""

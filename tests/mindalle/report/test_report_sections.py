@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from clip_models import write_tokenizer
+from oracle.make import make_rq
 from report_models import save_model, small_job
 from torch.utils.tensorboard import SummaryWriter
 
 from mindalle.report import best_of, decoding, sampling
+from mindalle.report.lab import Lab
 from mindalle.report.records import read_record
 from mindalle.report.sections import SECTIONS, measure_sections, render
 from stage1_vqgan import RQVAE, VQGAN
@@ -83,6 +87,20 @@ def test_what_is_left_out_is_said(tiny_vqgan: VQGAN, tiny_gpt: GPT, tmp_path: Pa
         assert "Left out: not measured: no runs were named (--runs)" in page
     (row,) = read_record(job.out, "depths").results["by_depth"]  # type: ignore[union-attr]
     assert [measure["metric"] for measure in row["measures"]] == ["PSNR", "SSIM"]
+
+
+def test_averaged_weights_and_a_text_tokenizer(tmp_path: Path) -> None:
+    """Without these options text releases of rq-vae had no report."""
+    make_rq(tmp_path / "model", "text")
+    words = str(write_tokenizer(tmp_path))
+    job = small_job(tmp_path, str(tmp_path / "model"), text_tokenizer=words, use_ema=True, num_captions=2)
+    lab = Lab(job)
+    assert len(lab.draw(tmp_path / "set", lab.pipe.sampling.params)) == 2
+    assert json.loads((tmp_path / "set" / "plan.json").read_text())["use_ema"] is True
+    plain = Lab(small_job(tmp_path, job.model, text_tokenizer=words))
+    ours, theirs = lab.model.state_dict(), plain.model.state_dict()
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    assert lab.settings(has_drawings=True) != plain.settings(has_drawings=True)
 
 
 def test_other_settings_are_measured_again(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
