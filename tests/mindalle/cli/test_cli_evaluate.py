@@ -363,6 +363,26 @@ def test_shards(mindalle: Command, clip: Path, tmp_path: Path) -> None:
             ["reconstruct", "taming", "few", "--metrics", "rfd", "--features", "clip", "--clip", "CLIP"],
             "rfd takes at least 17 pictures on each side, more than features, got 6",
         ),
+        (
+            1,
+            ["images", "real", "real", "--clip", "CLIP", "--features", "clip", "--feature-dims", "17"],
+            "--feature-dims must be at most 16, the features of CLIP, got 17",
+        ),
+        (
+            1,
+            [
+                *("reconstruct", "taming", "real", "--metrics", "rfd", "--feature-dims", "17"),
+                *("--features", "clip", "--clip", "CLIP"),
+            ],
+            "--feature-dims must be at most 16, the features of CLIP, got 17",
+        ),
+        (
+            1,
+            ["model", "mindalle", "nowhere", "--save-images", "full"],
+            "full is not empty and holds no pictures, it has notes.txt: choose another",
+        ),
+        (1, ["model", "mindalle", "nowhere", "--save-images", "full/notes.txt"], "must be a directory"),
+        (1, ["model", "mindalle", "nowhere", "--save-images", "codes"], "codes holds no usable set"),
         (1, ["model", "taming", "few", "--metrics", "nll"], "holds an image tokenizer only"),
         (1, ["model", "mindalle", "real", "--metrics", "nll", "--out", "bad.json"], "is no file of results"),
         (2, ["paint"], "no mode 'paint'; known are reconstruct, images, model"),
@@ -382,6 +402,9 @@ def test_errors(
     """Each in one line, without a stack trace."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.json").write_text("{}")
+    for name in ("full/notes.txt", "codes/plan.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"format": "mindalle-codes-2"}')
     places = {"few": sets / "few", "real": sets / "real", "nowhere": tmp_path / "nowhere", "CLIP": clip}
     places |= {name: checkpoints / name for name in ("taming", "mindalle")}
     result = mindalle("evaluate", *(places.get(one, one) for one in argv))

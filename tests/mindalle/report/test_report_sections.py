@@ -103,6 +103,13 @@ def test_averaged_weights_and_a_text_tokenizer(tmp_path: Path) -> None:
     assert lab.settings(has_drawings=True) != plain.settings(has_drawings=True)
 
 
+def test_more_components_than_features_are_refused(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
+    """Before anything is drawn."""
+    model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
+    with pytest.raises(ValueError, match="--feature-dims must be at most 16, the features of CLIP, got 17"):
+        measure_sections(small_job(tmp_path, model, feature_dims=17), ["depths"])
+
+
 def test_other_settings_are_measured_again(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
     """And a tokenizer alone draws nothing."""
     model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
