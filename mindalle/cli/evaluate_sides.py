@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 
-from tqdm import tqdm
-
 from mindalle.cli.command import UsageError, check_device, check_writable, say
 from mindalle.data.samples import Sample, Source, Unreadable, open_source
 from mindalle.evaluation.comparison import METRICS
@@ -18,6 +16,7 @@ from mindalle.evaluation.refusal import RefusedError, check_count, refusal
 from mindalle.evaluation.results import read_results
 from mindalle.generation.job import SetPlan, read_plan
 from mindalle.parts import PLAN, check_empty
+from mindalle.progress import progress_bar
 from mindalle.rerank import ClipReranker
 
 
@@ -239,4 +238,4 @@ def check_moments(moments: Moments, network: FeatureNetwork | None, name: str, s
 def read_with_bar(source: Source, limit: int | None, title: str) -> Iterator[Sample | Unreadable]:
     """The pictures of a side, see `read_samples`, with a progress bar of this title."""
     samples: Iterable[Sample | Unreadable] = read_samples(source, limit)
-    yield from tqdm(samples, desc=title, total=count_listed(source, limit), unit=" pictures")
+    yield from progress_bar(samples, desc=title, total=count_listed(source, limit), unit=" pictures")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from checkpoint_io import atomic_path
 from mindalle.data.samples import Source, open_source
@@ -28,6 +27,7 @@ from mindalle.generation.job import checkpoint_hash
 from mindalle.image import contact_sheet, fit
 from mindalle.memory import candidates_at_once
 from mindalle.pipeline import Pipeline
+from mindalle.progress import progress_bar
 from mindalle.report.records import FIGURES
 from mindalle.rerank import ClipReranker
 from stage2_transformer import GPT, RQTransformer, SamplingParams
@@ -138,7 +138,9 @@ class Lab:
         total = self.num_pictures
         return measure_pictures(
             self.source,
-            tqdm(read_samples(self.source, total), desc="reading the data", total=total, unit=" pictures"),
+            progress_bar(
+                read_samples(self.source, total), desc="reading the data", total=total, unit=" pictures"
+            ),
             network=self.network,
             judge=None,
             prepare=partial(fit, size=self.size),

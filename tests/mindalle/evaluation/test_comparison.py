@@ -52,7 +52,7 @@ def by_name(measures: Sequence[Measure]) -> dict[str, Measure]:
     return {measure.metric: measure for measure in measures}
 
 
-def test_every_metric_and_one_look_at_each_picture(tmp_path: Path) -> None:
+def test_every_metric_and_one_look_at_each_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     extract = Counted()
     colours = network(extract=extract)
     sets = []
@@ -67,7 +67,9 @@ def test_every_metric_and_one_look_at_each_picture(tmp_path: Path) -> None:
     comparison = Comparison(
         pictures=pictures, reference=reference, network=colours, judge=colour_judge(), judge_hash="1" * 64
     )
-    found = by_name(measure_all(comparison, list(METRICS), may_refuse=False))
+    with caplog.at_level("INFO", logger="mindalle"):  # each takes a while
+        found = by_name(measure_all(comparison, list(METRICS), may_refuse=False))
+    assert [record.getMessage() for record in caplog.records] == [f"measuring {name}" for name in METRICS]
     assert set(found) == {
         *("Colour-FD", "Colour-KD", "Colour-IS", "Colour-precision", "Colour-recall"),
         *("CLIP score", "R-precision of 4"),
