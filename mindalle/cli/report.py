@@ -20,6 +20,7 @@ from mindalle.cli.command import (
 )
 
 SECTIONS = ("decoding", "sampling", "depths", "best_of", "learning")
+READ_DATA = ("sampling", "depths", "best_of")  # of these
 QUICK: dict[str, Any] = {
     "num_captions": 16,
     "num_candidates": 4,
@@ -33,6 +34,7 @@ EXAMPLES = """\
   {prog} 'data/emoji/val_pair-*.tar' --model emoji --judge runs/emoji/clip_judge --out docs/report
   {prog} my-pictures --model path/to/model --only depths best_of --judge ViT-B/32 --out report
   {prog} my-pictures --out report --runs "image tokenizer=runs/emoji/rqvae" --runs CLIP=runs/emoji/clip
+  {prog} --only learning --runs CLIP=runs/emoji/clip --out report
   {prog} --render-only --out docs/report"""
 
 
@@ -44,7 +46,8 @@ def build_parser(prog: str) -> Parser:
         examples=EXAMPLES,
     )
     add = parser.add_argument
-    add("data", metavar="DATA", nargs="?", help="captioned pictures not trained on: folder or shards")
+    help_ = f"captioned pictures not trained on, folder or shards, for {', '.join(READ_DATA)}"
+    add("data", metavar="DATA", nargs="?", help=help_)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report, its data and figures")
     add("--model", default="emoji", metavar="NAME", help="bundled name, checkpoint path or hub id (emoji)")
     add_checkpoint_options(parser)
@@ -82,8 +85,12 @@ def report(args: argparse.Namespace, command: str) -> None:
     Raises:
         UsageError: if options exclude each other or are incomplete.
     """
-    if args.data is None and not args.render_only:
-        raise UsageError("there is nothing to measure on: name the DATA, or pass --render-only")
+    names = args.only or SECTIONS
+    if args.data is None and not args.render_only and set(names) & set(READ_DATA):
+        raise UsageError(
+            f"there is nothing to measure {', '.join(name for name in names if name in READ_DATA)} on: name "
+            "the DATA, choose other sections with --only, or pass --render-only"
+        )
     if args.render_only and args.only is not None:
         raise UsageError("--render-only makes the page of all data: leave --only out")
     if args.feature_dims is not None and args.feature_dims < 0:
@@ -117,7 +124,7 @@ def report(args: argparse.Namespace, command: str) -> None:
             command=command,
             **amounts,
         )
-        measure_sections(job, args.only or SECTIONS)
+        measure_sections(job, names)
     for path in render(args.out):
         say(path)
 

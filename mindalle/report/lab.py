@@ -148,8 +148,21 @@ class Lab:
 
     @property
     def num_pictures(self) -> int:
-        """Of the data, as listed."""
-        return min(len(self.source), self.job.num_pictures or len(self.source))
+        """Of the data, as listed, or of shards on the network as many as are wanted.
+
+        Raises:
+            ValueError: if nobody has said how many.
+        """
+        try:
+            count = len(self.source)
+        except ValueError as error:
+            if self.job.num_pictures is None:
+                raise ValueError(
+                    f"how many pictures {self.source.name} holds is not known: say how many of them to take "
+                    "with --num-pictures"
+                ) from error
+            return self.job.num_pictures
+        return min(count, self.job.num_pictures or count)
 
     @cached_property
     def captions(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from clip_models import write_tokenizer
 from oracle.make import make_rq
 from report_models import save_model, small_job
+from shard_files import write_shard
 from torch.utils.tensorboard import SummaryWriter
 
 from mindalle.report import best_of, decoding, sampling
@@ -108,6 +109,21 @@ def test_more_components_than_features_are_refused(tiny_rqvae: RQVAE, tmp_path: 
     model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
     with pytest.raises(ValueError, match="--feature-dims must be at most 16, the features of CLIP, got 17"):
         measure_sections(small_job(tmp_path, model, feature_dims=17), ["depths"])
+
+
+def test_shards_on_the_network(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
+    """Nobody has counted them: the report, which has no such option, said "set epoch_size"."""
+    model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
+    write_shard(tmp_path / "set.tar", range(5))
+    address = f"pipe:cat {tmp_path / 'set.tar'}"
+    with pytest.raises(ValueError, match=r"is not known: say how many of them to take with --num-pictures"):
+        measure_sections(small_job(tmp_path, model, data=address), ["depths"])
+    job = small_job(tmp_path, model, data=address, num_pictures=4)
+    assert measure_sections(job, ["depths"]) == ["depths"]
+    record = read_record(job.out, "depths")
+    assert record is not None
+    assert record.settings["num_pictures"] == 4
+    assert record.results["codebooks"][0]["measures"][0]["num_images"] == 4
 
 
 def test_other_settings_are_measured_again(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
