@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
         mode = MODES[what]
         return run(mode.build(f"{prog} {what}"), lambda args: mode.body(args, command), rest)
     lines = [f"  {name:<12} {mode.summary}" for name, mode in MODES.items()]
-    usage = "\n".join([f"usage: {prog} MODE ...  ({prog} MODE --help says more)", "", *lines])
     if what in ("-h", "--help"):
-        print(usage)
+        first = [EXAMPLES[name].splitlines()[0].replace("{prog}", f"{prog} {name}") for name in MODES]
+        usage = f"usage: {prog} MODE ...  ({prog} MODE --help says more)"
+        print("\n".join([usage, "", *lines, "", "examples:", *first]))
         return 0
     problem = f"no mode {what!r}" if what else "no mode given"
     print(f"{prog}: error: {problem}; known are {', '.join(MODES)} (see {prog} --help)", file=sys.stderr)

@@ -505,5 +505,6 @@ def test_modes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {mode} " in shown for mode in ("reconstruct", "images", "model"))
+    assert "examples:\n  evaluate.py reconstruct path/to/vqgan imagenet/val --out results.json\n" in shown
     assert evaluate.main([]) == 2
     assert "no mode given" in capsys.readouterr().err
