@@ -72,14 +72,27 @@ def begin(directory: Path, plan: P, read_plan: Callable[[Path], P]) -> None:
                 f"{directory} holds {plan.contents} of another plan ({'; '.join(differences)}): "
                 f"choose another directory, or remove this one to {plan.verb} again"
             )
-    elif others := sorted(path.name for path in directory.iterdir() if path.name[0] != "."):
-        raise FileExistsError(
-            f"{directory} is not empty and holds no {plan.contents}, it has {others[0]}: choose another"
-        )
     else:
+        check_empty(directory, plan.contents)
         write_json(directory / PLAN, plan)
     for leftover in directory.rglob(".*-*"):
         leftover.unlink()
+
+
+def check_empty(directory: Path, contents: str) -> None:
+    """Refuse a directory that holds something, and no plan.
+
+    Args:
+        directory: exists.
+        contents: that it could hold, see `Plan`.
+
+    Raises:
+        FileExistsError: names the first file of what is there; hidden ones do not count.
+    """
+    if others := sorted(path.name for path in directory.iterdir() if path.name[0] != "."):
+        raise FileExistsError(
+            f"{directory} is not empty and holds no {contents}, it has {others[0]}: choose another"
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

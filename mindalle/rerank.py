@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from checkpoint_io import tensors_hash
 from mindalle.clip import ClipModel, Preprocess, Tokenize
 from mindalle.clip_weights import load_clip
 
@@ -56,6 +58,11 @@ class ClipReranker:
         """
         model, preprocess, tokenize = load_clip(name_or_path)
         return cls(model.to(device), preprocess, tokenize)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the model's weights, of names and values; by it a record names who judged."""
+        return tensors_hash(self.model.state_dict())  # type: ignore[attr-defined]
 
     def score(self, images: Sequence[Image.Image], prompt: str) -> Tensor:
         """Compare n pictures, of any size and mode, with a prompt, which is encoded once.

@@ -83,11 +83,12 @@ def _make(packages: Packages, font: FlagFont | None, directory: Path, size: int)
     from emoji_data.drawings import read_drawings
     from emoji_data.pictures import make_pictures, split_pictures
     from emoji_data.shards import write_data
-    from tqdm import tqdm
+
+    from mindalle.progress import progress_bar
 
     logging.getLogger("emoji_data").setLevel(logging.INFO)
     drawings = read_drawings(packages, read_concepts(packages), font)
-    splits = split_pictures(make_pictures(tqdm(drawings, desc="drawing", unit=" drawings"), size))
+    splits = split_pictures(make_pictures(progress_bar(drawings, desc="drawing", unit=" drawings"), size))
     write_data(directory, splits)
     say("  ".join(f"{split}: {len(pictures):,}" for split, pictures in splits.items()))
 

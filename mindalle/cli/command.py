@@ -10,12 +10,14 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LESS_MEMORY = {"--batch-size": "a smaller --batch-size", "--precision": "--precision int8"}
+"""What takes less memory, by the option that a command must have for it."""
 
 
 class UsageError(ValueError):
@@ -40,6 +42,11 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+
+    @property
+    def options(self) -> Collection[str]:
+        """Names of all options."""
+        return self._option_string_actions
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with code 2."""
@@ -77,16 +84,17 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        print(f"{parser.prog}: error: {describe(error)}", file=sys.stderr)
+        print(f"{parser.prog}: error: {describe(error, parser.options)}", file=sys.stderr)
         return USAGE_ERROR if isinstance(error, UsageError) else FAILURE
     return 0
 
 
-def describe(error: Exception) -> str:
+def describe(error: Exception, options: Collection[str] = ()) -> str:
     """One line for a person.
 
     Args:
         error: what was raised.
+        options: names of the command's options, which advice may speak of.
 
     Returns:
         The message of an error meant for users; the type and a hint at --debug for any other.
@@ -102,7 +110,12 @@ def describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}{f': {place}' if place else ''}"
     if "can't allocate memory" in message or "out of memory" in message or isinstance(error, MemoryError):
-        return "out of memory: try a smaller --batch-size, or --precision bf16"
+        advice = [
+            text
+            for option, text in LESS_MEMORY.items()
+            if option in options and not (option == "--precision" and "CUDA" in message)  # int8 is for CPUs
+        ]
+        return f"out of memory: try {' or '.join(advice)}" if advice else "out of memory"
     if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
         return message
     return f"{type(error).__name__}: {message} (this is unexpected: --debug shows where)"
@@ -156,6 +169,18 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return value
+
+
+def add_checkpoint_options(parser: argparse._ActionsContainer) -> None:
+    """What a checkpoint leaves open to who loads a model of it."""
+    parser.add_argument("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
+    add_ema_option(parser)
+
+
+def add_ema_option(parser: argparse._ActionsContainer) -> None:
+    """What a checkpoint leaves open to who loads an image tokenizer of it."""
+    help_ = "take the averaged weights of an rq-vae checkpoint"
+    parser.add_argument("--ema", action="store_true", help=help_)
 
 
 def check_device(device: str) -> None:

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindalle.cli.command import Parser, check_writable, run, say
+from mindalle.cli.command import Parser, add_checkpoint_options, check_writable, run, say
 
 EXAMPLES = """\
-  {prog} 1.3B minDALL-E-native --dtype fp16
+  {prog} path/to/1.3B minDALL-E-native --dtype fp16
   {prog} rq-vae/cc3m cc3m-native --text-tokenizer bpe16k/
-  {prog} vqgan_imagenet_f16_16384 vqgan-native"""
+  {prog} path/to/vqgan_imagenet_f16_16384 vqgan-native"""
 
 
 def build_parser(prog: str) -> Parser:
@@ -25,8 +25,7 @@ def build_parser(prog: str) -> Parser:
     add("source", metavar="SRC", help="checkpoint path, release or hub id")
     add("destination", type=Path, metavar="DST", help="directory to create")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default: as loaded, fp32")
-    add("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
-    add("--ema", action="store_true", help="take the averaged weights of an rq-vae checkpoint")
+    add_checkpoint_options(parser)
     return parser
 
 

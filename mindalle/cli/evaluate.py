@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mindalle.cli.command import Parser, positive_int, run
+from mindalle.cli.command import Parser, add_checkpoint_options, add_ema_option, positive_int, run
 
 METRICS = ("fd", "kd", "is", "pr", "clip_score", "r_precision")
 RECONSTRUCTION_METRICS = ("pixels", "perceptual", "rfd", "codebook")
@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "evaluate.py") -> int:
         mode = MODES[what]
         return run(mode.build(f"{prog} {what}"), lambda args: mode.body(args, command), rest)
     lines = [f"  {name:<12} {mode.summary}" for name, mode in MODES.items()]
-    usage = "\n".join([f"usage: {prog} MODE ...  ({prog} MODE --help says more)", "", *lines])
     if what in ("-h", "--help"):
-        print(usage)
+        first = [EXAMPLES[name].splitlines()[0].replace("{prog}", f"{prog} {name}") for name in MODES]
+        usage = f"usage: {prog} MODE ...  ({prog} MODE --help says more)"
+        print("\n".join([usage, "", *lines, "", "examples:", *first]))
         return 0
     problem = f"no mode {what!r}" if what else "no mode given"
     print(f"{prog}: error: {problem}; known are {', '.join(MODES)} (see {prog} --help)", file=sys.stderr)
@@ -66,6 +67,7 @@ def build_reconstruct_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("tokenizer", metavar="TOKENIZER", help="bundled name, path, training run, release or hub id")
     add("data", metavar="DATA", help="pictures: folder or WebDataset shards")
+    add_ema_option(parser)
     add("--depths", action="store_true", help="residual codes: decode from 1, 2, ... D depths")
     names = ("lpips", "efflite", "none")
     add("--perceptual", choices=names, default="lpips", help="perceptual distance (lpips, a download)")
@@ -93,6 +95,7 @@ def build_model_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="bundled name, checkpoint path, release or hub id")
     add("data", metavar="DATA", help="captioned pictures: folder or WebDataset shards")
+    add_checkpoint_options(parser)
     choices = ("nll", *METRICS)
     add("--metrics", nargs="+", choices=choices, help=f"what to measure (all that can be): {METRICS_HELP}")
     add("--save-images", type=Path, metavar="DIR", help="keep the drawn pictures in a new folder")

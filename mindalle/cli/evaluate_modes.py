@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_io import file_hash
+from checkpoint_io import file_hash, tensors_hash
 from mindalle.cli.command import UsageError, say
 from mindalle.cli.evaluate import RECONSTRUCTION_METRICS
 from mindalle.cli.evaluate_sides import (
@@ -33,7 +33,7 @@ from mindalle.data.code_cache import identified_tokenizer
 from mindalle.data.samples import Source, open_source
 from mindalle.evaluation.codebook import codebook_measures
 from mindalle.evaluation.comparison import METRICS, Comparison, measure_all
-from mindalle.evaluation.features import FeatureNetwork, clip_hash
+from mindalle.evaluation.features import FeatureNetwork
 from mindalle.evaluation.likelihood import likelihood_measures
 from mindalle.evaluation.model import measure_data, sequence_model
 from mindalle.evaluation.moments import Moments, moments_of, save_moments
@@ -50,16 +50,19 @@ from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Context, Measure, append_results, table
 from mindalle.generation import Condition, SetJob, draw_set, open_set, plan_set
 from mindalle.generation.job import checkpoint_hash
+from mindalle.hub import resolve_model
 from mindalle.image import to_tensor
 from mindalle.pipeline import Pipeline
 from mindalle.rerank import ClipReranker
+from stage1_vqgan.autoencoder import QuantizedAutoencoder
+from stage1_vqgan.checkpoint import load_tokenizer
 
 
 def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
     """Measure an image tokenizer on a data set."""
     check_options(args)
     source = open_source(args.data)
-    tokenizer, weights_hash = identified_tokenizer(args.tokenizer)
+    tokenizer, weights_hash = _load_tokenizer(args)
     tokenizer.to(args.device)
     if args.depths and len(tokenizer.code_shape) == 2:
         raise UsageError("--depths is for residual codes (RQ-VAE): this tokenizer has one code per position")
@@ -87,8 +90,21 @@ def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
     )
     if "codebook" in wanted:
         measures += codebook_measures(found.codes, tokenizer.codebook_sizes, seed=args.seed)
-    subject = {"kind": "reconstructions by", "name": args.tokenizer, "sha256": weights_hash}
+    subject = {
+        "kind": "reconstructions by",
+        "name": args.tokenizer,
+        "sha256": weights_hash,
+        "ema": args.ema,
+    }
     _report(args, command, measures, subject, data.about("data"))
+
+
+def _load_tokenizer(args: argparse.Namespace) -> tuple[QuantizedAutoencoder, str]:
+    """The image tokenizer and what identifies it."""
+    if not args.ema:
+        return identified_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(resolve_model(args.tokenizer), use_ema=True)
+    return tokenizer, tensors_hash(tokenizer.state_dict())
 
 
 def evaluate_images(args: argparse.Namespace, command: str) -> None:
@@ -124,8 +140,17 @@ def evaluate_model(args: argparse.Namespace, command: str) -> None:
     source = open_source(args.data)
     metrics = choose_metrics(args, source)
     network, judge = load_networks(args, metrics)
-    pipe = Pipeline.from_pretrained(args.model, device=args.device)
-    pipe.reranker = None  # one picture is drawn of each
+    pipe = Pipeline.from_pretrained(
+        args.model, device=args.device, text_tokenizer=args.text_tokenizer, use_ema=args.ema
+    )
+    is_drawn = bool(metrics) or args.save_images is not None
+    if is_drawn and pipe.reranker is not None and pipe.sampling.num_candidates > 1:
+        say(
+            f"drawn without choosing, where generate.py takes the best of {pipe.sampling.num_candidates}: to "
+            "measure those, draw them with generate_set.py, then evaluate.py images",
+            is_note=True,
+        )
+    pipe.reranker = None
     model, size = sequence_model(pipe), pipe.image_tokenizer.convnet.image_size
     if args.metrics is not None:
         check_listed(args, metrics, source, source, network)
@@ -137,7 +162,7 @@ def evaluate_model(args: argparse.Namespace, command: str) -> None:
     if args.metrics is None or "nll" in args.metrics:
         positions = model.code_shape[0] * model.code_shape[1]
         measures = likelihood_measures(nats, num_positions=positions, num_pixels=size * size, seed=args.seed)
-    if metrics or args.save_images is not None:
+    if is_drawn:
         pictures = _draw(args, pipe, model_hash, conditions, network, judge)
         comparison = _comparison(args, pictures, data, network, judge)
         measures += measure_all(comparison, metrics, may_refuse=args.metrics is None)
@@ -145,7 +170,9 @@ def evaluate_model(args: argparse.Namespace, command: str) -> None:
         "kind": "model",
         "name": args.model,
         "sha256": model_hash,
+        "ema": args.ema,
         "sampling": asdict(pipe.sampling.params),
+        "num_candidates": 1,  # of each picture, whatever the checkpoint's default
     }
     _report(args, command, measures, subject, data.about("data"))
 
@@ -192,6 +219,8 @@ def _draw(
             model=args.model,
             params=pipe.sampling.params,
             seed=args.seed,
+            use_ema=args.ema,
+            text_tokenizer=args.text_tokenizer,
             is_ranked=False,
             batch_size=args.batch_size,
             num_threads=torch.get_num_threads(),
@@ -215,7 +244,7 @@ def _comparison(
         reference=reference,
         network=network,
         judge=judge,
-        judge_hash=clip_hash(judge) if judge is not None else None,
+        judge_hash=judge.weights_hash if judge is not None else None,
         num_components=args.feature_dims,
         seed=args.seed,
     )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 
-from tqdm import tqdm
-
 from mindalle.cli.command import UsageError, check_device, check_writable, say
 from mindalle.data.samples import Sample, Source, Unreadable, open_source
 from mindalle.evaluation.comparison import METRICS
 from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
+from mindalle.evaluation.frechet import check_components
 from mindalle.evaluation.moments import Moments, load_moments
 from mindalle.evaluation.pictures import read_samples, squared
 from mindalle.evaluation.refusal import RefusedError, check_count, refusal
 from mindalle.evaluation.results import read_results
+from mindalle.generation.job import SetPlan, read_plan
+from mindalle.parts import PLAN, check_empty
+from mindalle.progress import progress_bar
 from mindalle.rerank import ClipReranker
 
 
@@ -27,7 +29,7 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UsageError: if options contradict each other.
         ValueError: if there is no such device, or --out is no file of results.
-        OSError: if a file cannot be written where it is to be.
+        OSError: if a file cannot be written where it is to be, or --save-images holds other things.
     """
     check_device(args.device)
     if args.features == "clip" and args.clip is None:
@@ -40,6 +42,13 @@ def check_options(args: argparse.Namespace) -> None:
     for option, path in (("--out", args.out), ("--save-stats", save_stats)):
         if path is not None:
             check_writable(path.parent, option)
+    save_images = getattr(args, "save_images", None)
+    if save_images is not None:
+        check_writable(save_images, "--save-images")
+        if (save_images / PLAN).is_file():
+            read_plan(save_images)
+        elif save_images.is_dir():
+            check_empty(save_images, SetPlan.contents)
     if args.out is not None and args.out.exists():
         read_results(args.out)  # else hours of work would have nowhere to go
 
@@ -100,17 +109,20 @@ def load_networks(
     """
     network = judge = None
     if has_moments or any(METRICS[name].needs_features for name in metrics):
-        network = FEATURES[args.features](_feature_options(args))
+        network = _load_network(args)
     if any(METRICS[name].needs_clip for name in metrics):
         is_shared = network is not None and network.clip is not None
         judge = network.clip if network is not None and is_shared else load_judge(args.clip, args.device)
     return network, judge
 
 
-def _feature_options(args: argparse.Namespace) -> FeatureOptions:
-    return FeatureOptions(
+def _load_network(args: argparse.Namespace) -> FeatureNetwork:
+    options = FeatureOptions(
         inception_weights=args.inception_weights, clip=args.clip, resize=args.resize, device=args.device
     )
+    network = FEATURES[args.features](options)
+    check_components(args.feature_dims, network)
+    return network
 
 
 def network_of_reconstructions(args: argparse.Namespace, source: Source) -> FeatureNetwork | None:
@@ -126,7 +138,7 @@ def network_of_reconstructions(args: argparse.Namespace, source: Source) -> Feat
     Raises:
         RefusedError: if it was.
     """
-    network = FEATURES[args.features](_feature_options(args))
+    network = _load_network(args)
     listed = count_listed(source, args.limit)
     if listed is None:
         return network
@@ -226,4 +238,4 @@ def check_moments(moments: Moments, network: FeatureNetwork | None, name: str, s
 def read_with_bar(source: Source, limit: int | None, title: str) -> Iterator[Sample | Unreadable]:
     """The pictures of a side, see `read_samples`, with a progress bar of this title."""
     samples: Iterable[Sample | Unreadable] = read_samples(source, limit)
-    yield from tqdm(samples, desc=title, total=count_listed(source, limit), unit=" pictures")
+    yield from progress_bar(samples, desc=title, total=count_listed(source, limit), unit=" pictures")

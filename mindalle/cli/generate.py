@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mindalle.cli.command import (
     Parser,
     UsageError,
+    add_checkpoint_options,
     check_device,
     check_writable,
     positive_int,
@@ -47,7 +48,12 @@ def build_parser(prog: str) -> Parser:
     add("--prompts-file", type=Path, metavar="FILE", help="a prompt per line; empty lines are skipped")
     add("--class-label", type=int, action="append", default=[], metavar="N", help="to draw; repeatable")
     add("--num-images", type=positive_int, default=1, metavar="N", help="to keep per prompt (1)")
-    add("--num-candidates", type=positive_int, metavar="N", help="to draw and choose from by CLIP")
+    add(
+        "--num-candidates",
+        type=positive_int,
+        metavar="N",
+        help="to draw and choose from by CLIP; default: the checkpoint's own number times the pictures kept",
+    )
     add("--complete", type=Path, metavar="IMAGE", help="keep the top of this picture, draw the rest")
     add("--keep-rows", type=positive_int, metavar="N", help="rows of codes to keep of --complete")
     add_model_options(parser)
@@ -67,12 +73,12 @@ def build_parser(prog: str) -> Parser:
 
 def add_model_options(parser: Parser) -> None:
     """Which model draws, and which CLIP ranks; see `load_pipeline`."""
-    add = parser.add_argument_group("with which model").add_argument
+    group = parser.add_argument_group("with which model")
+    add = group.add_argument
     add("--model", default="emoji", help="bundled name, checkpoint path, release or hub id (emoji)")
-    add("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
-    add("--ema", action="store_true", help="take the averaged weights of an rq-vae checkpoint")
+    add_checkpoint_options(group)
     add("--clip", metavar="NAME", help="rerank with ViT-B/32, a .pt file or a native directory")
-    add("--no-rerank", action="store_true", help="keep the first pictures drawn")
+    add("--no-rerank", action="store_true", help="no choice by CLIP: a prompt's pictures are drawn once each")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     add(
         "--precision",
@@ -263,6 +269,7 @@ class _Painter:
             preview = args.out / f"{free_stem(args.out, stem, suffixes)}-preview.png"
             say(f"preview in {preview}", is_note=True)
         self.progress.begin(f"{counter}{title[:30]}", preview)
+        num_candidates = self.pipe.count_candidates(prompt, args.num_images, args.num_candidates)
         try:
             result = self.pipe(
                 prompt,
@@ -277,29 +284,33 @@ class _Painter:
         except KeyboardInterrupt:
             if self.progress.finished:
                 codes = torch.cat(self.progress.finished)
-                self._save(stem, prompt, self.pipe.choose(codes, prompt, min(args.num_images, len(codes))))
+                result = self.pipe.choose(codes, prompt, min(args.num_images, len(codes)))
+                self._save(stem, prompt, result, len(codes))
             raise
-        self._save(stem, prompt, result)
+        self._save(stem, prompt, result, num_candidates)
 
-    def _save(self, stem: str, prompt: str | int | None, result: Generation) -> None:
+    def _save(self, stem: str, prompt: str | int | None, result: Generation, num_candidates: int) -> None:
         from mindalle.cli.output import save_results
 
-        records = self._records(prompt, result)
+        records = self._records(prompt, result, num_candidates)
         paths = save_results(self.args.out, stem, result.images, records)
         for path, record in zip(paths, records, strict=True):
             say(path if record["score"] is None else f"{path}  score {record['score']:.3f}")
 
-    def _records(self, prompt: str | int | None, result: Generation) -> list[dict[str, Any]]:
+    def _records(
+        self, prompt: str | int | None, result: Generation, num_candidates: int
+    ) -> list[dict[str, Any]]:
         """One mapping per picture with all that is needed to draw it again."""
         from stage2_transformer.precision import precision_of
 
-        args = self.args
+        args, judge = self.args, self.pipe.reranker
         settings = {
             **asdict(self.params),
             "precision": precision_of(self.pipe.model) if self.pipe.model is not None else args.precision,
             "ema": args.ema,
-            "num_candidates": args.num_candidates,
+            "num_candidates": num_candidates,
             "clip": args.clip,
+            "judge_sha256": judge.weights_hash if judge is not None and result.scores is not None else None,
             "complete": str(args.complete) if args.complete else None,
             "keep_rows": args.keep_rows,
         }

@@ -54,7 +54,8 @@ def build_parser(prog: str) -> Parser:
         "--num-candidates",
         type=positive_int,
         metavar="N",
-        help="of each, to choose from by CLIP or classifier",
+        help="of each, to choose from by CLIP or classifier; default: the checkpoint's own number times the "
+        "pictures kept, or what --accept says",
     )
     add("--classifier", metavar="NAME", help="keep the likeliest of a class by efflite, resnet101 or clip")
     add("--accept", type=float, metavar="SHARE", help=f"of a class's candidates, in (0, 1] ({ACCEPT})")

@@ -263,14 +263,14 @@ def draw_prompts(
 ) -> list[Image.Image]:
     """The best picture of each prompt: what `pipe` draws with this seed, many prompts at a time."""
     import torch
-    from tqdm import tqdm
 
+    from mindalle.progress import progress_bar
     from stage2_transformer import generate, image_seeds
 
     assert pipe.model is not None
     seeds, at_once = image_seeds(seed, num_candidates), max(1, BATCH // num_candidates)
     pictures = []
-    for first in tqdm(range(0, len(prompts), at_once), desc=f"drawing, best of {num_candidates}"):
+    for first in progress_bar(range(0, len(prompts), at_once), desc=f"drawing, best of {num_candidates}"):
         some = prompts[first : first + at_once]
         codes = generate(pipe.model, pipe.encode_conditions(some), params, seeds=seeds * len(some))
         for prompt, candidates in zip(some, torch.split(codes, num_candidates), strict=True):

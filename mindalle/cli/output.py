@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -133,7 +134,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         FileExistsError: if `path` exists.
     """
     check_free(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -6,31 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from mindalle.cli.output import save_png
 from mindalle.image import contact_sheet
+from mindalle.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mindalle.preview import Preview
-
-LOG_SECONDS = 15.0  # between two states of the bar where it is no terminal that shows them
-
-
-class _Log:
-    """Standard error that is no terminal: each state of the bar is a line, nothing is written over."""
-
-    encoding = sys.stderr.encoding
-
-    def write(self, text: str) -> None:
-        """Write what is visible of it."""
-        if line := text.strip("\r\n "):
-            print(line, file=sys.stderr, flush=True)
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
 
 
 class Progress:
@@ -41,14 +24,7 @@ class Progress:
     """
 
     def __init__(self, num_codes: int) -> None:
-        is_seen = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=num_codes,
-            unit=" codes",
-            mininterval=0.1 if is_seen else LOG_SECONDS,
-            maxinterval=max(10.0, LOG_SECONDS),
-            file=sys.stderr if is_seen else _Log(),
-        )
+        self.bar = progress_bar(total=num_codes, unit=" codes")
         self.finished: list[Tensor] = []  # (B, *code_shape) of each whole batch of the prompt
         self._preview: Path | None = None
         self._num_done = self._rows_shown = 0  # of the batch at hand

@@ -7,7 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindalle.cli.command import Parser, UsageError, check_device, check_writable, positive_int, run, say
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    add_ema_option,
+    check_device,
+    check_writable,
+    positive_int,
+    run,
+    say,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +42,7 @@ def build_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("images", type=Path, nargs="+", metavar="IMAGE", help="files or folders")
     add("--model", default="emoji", help="bundled name, checkpoint path, release or hub id (emoji)")
-    add("--ema", action="store_true", help="take the averaged weights of an rq-vae checkpoint")
+    add_ema_option(parser)
     add("--size", metavar="HxW", help="resize and crop to it; default: the tokenizer's training size")
     add("--depths", action="store_true", help="residual codes: a column for each number of depths")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="pictures at once (8)")

@@ -9,9 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mindalle.cli.command import Parser, UsageError, check_writable, positive_int, run, say
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    add_checkpoint_options,
+    check_writable,
+    positive_int,
+    run,
+    say,
+)
 
 SECTIONS = ("decoding", "sampling", "depths", "best_of", "learning")
+READ_DATA = ("sampling", "depths", "best_of")  # of these
 QUICK: dict[str, Any] = {
     "num_captions": 16,
     "num_candidates": 4,
@@ -25,6 +34,7 @@ EXAMPLES = """\
   {prog} 'data/emoji/val_pair-*.tar' --model emoji --judge runs/emoji/clip_judge --out docs/report
   {prog} my-pictures --model path/to/model --only depths best_of --judge ViT-B/32 --out report
   {prog} my-pictures --out report --runs "image tokenizer=runs/emoji/rqvae" --runs CLIP=runs/emoji/clip
+  {prog} --only learning --runs CLIP=runs/emoji/clip --out report
   {prog} --render-only --out docs/report"""
 
 
@@ -36,9 +46,11 @@ def build_parser(prog: str) -> Parser:
         examples=EXAMPLES,
     )
     add = parser.add_argument
-    add("data", metavar="DATA", nargs="?", help="captioned pictures not trained on: folder or shards")
+    help_ = f"captioned pictures not trained on, folder or shards, for {', '.join(READ_DATA)}"
+    add("data", metavar="DATA", nargs="?", help=help_)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report, its data and figures")
     add("--model", default="emoji", metavar="NAME", help="bundled name, checkpoint path or hub id (emoji)")
+    add_checkpoint_options(parser)
     add("--judge", metavar="NAME", help="the CLIP of the scores: not the one that ranks, or it judges itself")
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)} (all)")
     add("--render-only", action="store_true", help="measure nothing, make the page from the data at hand")
@@ -73,8 +85,12 @@ def report(args: argparse.Namespace, command: str) -> None:
     Raises:
         UsageError: if options exclude each other or are incomplete.
     """
-    if args.data is None and not args.render_only:
-        raise UsageError("there is nothing to measure on: name the DATA, or pass --render-only")
+    names = args.only or SECTIONS
+    if args.data is None and not args.render_only and set(names) & set(READ_DATA):
+        raise UsageError(
+            f"there is nothing to measure {', '.join(name for name in names if name in READ_DATA)} on: name "
+            "the DATA, choose other sections with --only, or pass --render-only"
+        )
     if args.render_only and args.only is not None:
         raise UsageError("--render-only makes the page of all data: leave --only out")
     if args.feature_dims is not None and args.feature_dims < 0:
@@ -95,6 +111,8 @@ def report(args: argparse.Namespace, command: str) -> None:
         job = ReportJob(
             data=args.data,
             model=args.model,
+            text_tokenizer=args.text_tokenizer,
+            use_ema=args.ema,
             out=args.out,
             judge=args.judge,
             features=args.features,
@@ -106,7 +124,7 @@ def report(args: argparse.Namespace, command: str) -> None:
             command=command,
             **amounts,
         )
-        measure_sections(job, args.only or SECTIONS)
+        measure_sections(job, names)
     for path in render(args.out):
         say(path)
 

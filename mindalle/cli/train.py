@@ -87,6 +87,7 @@ class TrainingCLI(LightningCLI):
                 "allow_abbrev": False,
                 "prog": prog,
                 "formatter_class": _HelpFormatter,
+                "epilog": EXAMPLES.format(prog=prog),
                 "fit": {"epilog": EXAMPLES.format(prog=prog)},
             },
             parser_class=TrainingParser,

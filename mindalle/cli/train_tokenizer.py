@@ -60,16 +60,11 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     if os.path.lexists(args.out):
         raise FileExistsError(f"{args.out} exists, and nothing is overwritten: choose another --out")
     check_writable(args.out.parent, "--out")
-    from tqdm import tqdm
-
+    from mindalle.progress import progress_bar
     from mindalle.text import TextTokenizer
 
-    with tqdm(desc="reading", unit=" captions") as bar:
-        captions = []
-        for name in args.captions:
-            for caption in _read_captions(name):
-                captions.append(caption)
-                bar.update()
+    read = (caption for name in args.captions for caption in _read_captions(name))
+    captions = list(progress_bar(read, desc="reading", unit=" captions"))
     if not captions:
         raise ValueError(
             f"no captions in {', '.join(args.captions)}: expected captioned pictures, or a .txt file with a "
@@ -105,11 +100,16 @@ def _read_captions(name: str) -> Iterator[str]:
 def _describe_lengths(tokenizer: TextTokenizer, captions: Sequence[str]) -> list[str]:
     """How many ids captions have, and what --length does to them."""
     import numpy as np
-    from tqdm import tqdm
+
+    from mindalle.progress import progress_bar
 
     batches = [captions[first : first + BATCH] for first in range(0, len(captions), BATCH)]
     lengths = np.array(
-        [count for batch in tqdm(batches, desc="counting ids") for count in tokenizer.count_ids(batch)]
+        [
+            count
+            for batch in progress_bar(batches, desc="counting ids", unit=" batches")
+            for count in tokenizer.count_ids(batch)
+        ]
     )
     num_cut = int((lengths > tokenizer.length).sum())
     return [

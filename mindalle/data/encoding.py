@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from checkpoint_io import config_to_mapping
 from mindalle.data.code_cache import (
@@ -27,6 +25,7 @@ from mindalle.data.code_cache import (
 from mindalle.data.part_encoder import EncodingJob, PartEncoder
 from mindalle.download import exclusive
 from mindalle.parts import Count, begin, do_parts, write_json
+from mindalle.progress import progress_bar
 from mindalle.run import load_image_tokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
@@ -133,12 +132,11 @@ class _Report:
             total = None
         suffixes = (".jsonl", ".unreadable")
         paths = [part_path(job.directory, number, suffix) for number in finished for suffix in suffixes]
-        self.bar = tqdm(
+        self.bar = progress_bar(
             desc="encoding",
             total=total,
             initial=sum(1 for path in paths for _ in _lines(path)),
             unit=" pictures",
-            mininterval=0.1 if sys.stderr.isatty() else 15.0,
         )
 
     def finish(self, number: int) -> None:

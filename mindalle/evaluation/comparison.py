@@ -203,9 +203,10 @@ def measure_all(comparison: Comparison, metrics: Sequence[str], *, may_refuse: b
     """
     measures = []
     for name in metrics:
+        logger.info("measuring %s", name)
         try:
             measures += METRICS[name].measure(comparison)
-        except RefusedError as error:  # noqa: PERF203  (each metric by itself)
+        except RefusedError as error:
             if not may_refuse:
                 raise
             logger.warning("left out: %s", error)

@@ -6,7 +6,7 @@ uses, and of no other network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from checkpoint_io import CheckpointError, file_hash, read_tensors, tensors_hash
+from checkpoint_io import CheckpointError, file_hash, read_tensors
 
 if TYPE_CHECKING:
     from mindalle.rerank import ClipReranker
@@ -212,7 +212,7 @@ def load_clip_features(options: FeatureOptions) -> FeatureNetwork:
     with_one = judge.encode_images([Image.new("RGB", (8, 8))])
     return FeatureNetwork(
         name="CLIP",
-        weights_hash=clip_hash(judge),
+        weights_hash=judge.weights_hash,
         resize=CLIP_RESIZE,
         num_features=with_one.shape[1],
         extract=lambda pictures: Features(judge.encode_images(pictures), None),
@@ -251,12 +251,6 @@ def load_judge(name: str, device: str = "cpu") -> ClipReranker:
     clip = load_own_clip(name)
     model: Any = clip.model.to(device).eval()
     return ClipReranker(model, clip.config.preprocess(), clip.tokenize)
-
-
-def clip_hash(clip: ClipReranker) -> str:
-    """SHA-256 of a CLIP's weights, of names and values."""
-    tensors: Mapping[str, Tensor] = clip.model.state_dict()  # type: ignore[attr-defined]
-    return tensors_hash(tensors)
 
 
 def _inception_file(named: str | None) -> Path:

@@ -15,6 +15,19 @@ from mindalle.evaluation.results import Measure
 FEW_FOR_FD = 10_000  # below, a Fréchet distance is known to be too large by much
 
 
+def check_components(num_components: int | None, network: FeatureNetwork) -> None:
+    """Refuse, before a network runs, more principal components than it has features; None = all features.
+
+    Raises:
+        ValueError: says how many there are.
+    """
+    if num_components is not None and num_components > network.num_features:
+        raise ValueError(
+            f"--feature-dims must be at most {network.num_features:,}, the features of {network.name}, "
+            f"got {num_components:,}"
+        )
+
+
 def frechet_measure(
     vectors: Tensor,
     reference: Moments,

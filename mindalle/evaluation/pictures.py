@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,6 +23,7 @@ from mindalle.rerank import ClipReranker
 
 logger = logging.getLogger(__name__)
 RESULTS = "results.jsonl"  # of a folder that was drawn: {"file", "prompt", "score", ...} for each picture
+PLACE = ("number", "prompt", "class_label", "seed")  # in a line of it: what was drawn together
 NUM_NAMED = 10  # unreadable pictures that a record names
 
 
@@ -38,6 +40,7 @@ class PictureSet:
     captions: list[tuple[str, ...]] = field(default_factory=list)  # of each picture
     unreadable: list[Unreadable] = field(default_factory=list)  # pictures that are not among the n
     judges: frozenset[str] = frozenset()  # SHA-256 of the weights of who chose the pictures among candidates
+    chosen: str | None = None  # how, such as "best 1 of 16"; None = they were not, or nothing says so
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -53,6 +56,7 @@ class PictureSet:
             "name": self.name,
             "fingerprint": self.fingerprint,
             "prepared": self.prepared,
+            "chosen": self.chosen,
             "num_images": len(self),
             "num_unreadable": len(self.unreadable),
             "unreadable": [f"{one.key}: {one.reason}" for one in self.unreadable[:NUM_NAMED]],
@@ -82,11 +86,26 @@ def read_samples(source: Source, limit: int | None = None) -> Iterator[Sample | 
     yield from islice(samples if rows is None else _listed(samples, rows), limit)
 
 
-def judges_of(source: Source) -> frozenset[str]:
-    """SHA-256 of the weights of the CLIP or classifier that chose the pictures of a drawn set, if one did."""
-    settings = [row.get("settings") for row in (_drawn_rows(source) or {}).values()]
-    found = [setting.get("judge_sha256") for setting in settings if isinstance(setting, dict)]
-    return frozenset(judge for judge in found if isinstance(judge, str))
+def choice_of(source: Source) -> tuple[frozenset[str], str | None]:
+    """Who chose the pictures of a drawn set, and among how many.
+
+    Args:
+        source: of any pictures.
+
+    Returns:
+        SHA-256 of the weights of the CLIP or classifier, if one judged, and "best 1 of 16", if it chose.
+    """
+    judges: set[str] = set()
+    kept: Counter[tuple[str, int]] = Counter()  # of each prompt and number of candidates
+    for row in (_drawn_rows(source) or {}).values():
+        settings = row.get("settings")
+        judge = settings.get("judge_sha256") if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and isinstance(judge, str):
+            judges.add(judge)
+            if isinstance(count := settings.get("num_candidates"), int):
+                kept[repr([row.get(name) for name in PLACE]), count] += 1
+    choices = sorted({(num, of) for (_, of), num in kept.items() if num < of})
+    return frozenset(judges), ", ".join(f"best {num} of {of}" for num, of in choices) or None
 
 
 def measure_pictures(
@@ -114,11 +133,8 @@ def measure_pictures(
     Raises:
         ValueError: if none of the pictures can be read.
     """
-    found = PictureSet(
-        name=source.name,
-        fingerprint=source.fingerprint,
-        judges=judges_of(source),
-    )
+    judges, chosen = choice_of(source)
+    found = PictureSet(name=source.name, fingerprint=source.fingerprint, judges=judges, chosen=chosen)
     collector = Collector(network, judge)
     for batch in picture_batches(samples, found, batch_size):
         collector.add([one.image if prepare is None else prepare(one.image) for one in batch])

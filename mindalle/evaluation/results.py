@@ -42,9 +42,9 @@ class Measure:
         interval = self.interval
         return {
             "metric": self.metric,
-            "value": _number(self.value),
+            "value": json_number(self.value),
             "unit": self.unit,
-            "interval_95": [_number(interval.low), _number(interval.high)] if interval else None,
+            "interval_95": [json_number(interval.low), json_number(interval.high)] if interval else None,
             "interval_rule": interval.rule if interval else None,
             "num_images": self.num_images,
             "num_reference": self.num_reference,
@@ -99,8 +99,9 @@ class Context:
         }
 
 
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # JSON has no infinity: "inf", "nan"
+def json_number(value: float) -> float | str:
+    """A number as JSON has it, which knows no infinity: "inf", "nan"."""
+    return value if math.isfinite(value) else str(value)
 
 
 def append_results(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -170,6 +171,8 @@ def _sides(record: Mapping[str, Any]) -> str:
     """What was compared with what."""
     subject, reference = record["subject"], record["reference"]
     text = f"{subject['kind']} {subject['name']}"
+    if subject.get("chosen"):
+        text += f" ({subject['chosen']})"
     return f"{text} against {reference['name']}" if reference is not None else text
 
 

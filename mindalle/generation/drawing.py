@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from mindalle.download import exclusive
 from mindalle.generation.formats import (
@@ -26,6 +24,7 @@ from mindalle.generation.job import SetJob, SetPlan, read_plan
 from mindalle.generation.painter import Painter
 from mindalle.parts import Count, begin, do_parts
 from mindalle.pipeline import Pipeline
+from mindalle.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +86,11 @@ def _draw_parts(
     is_there = [part_path(job.directory, number).is_file() for number in range(plan.num_parts)]
     missing = [number for number in range(plan.num_parts) if not is_there[number]]
     finished = sum(len(plan.part(number)) for number in range(plan.num_parts) if is_there[number])
-    with tqdm(
+    with progress_bar(
         desc="drawing",
         total=plan.num_conditions * plan.num_candidates,
         initial=finished * plan.num_candidates,
         unit=" pictures",
-        mininterval=0.1 if sys.stderr.isatty() else 15.0,
     ) as bar:
         if use_ray:
             from mindalle.generation.ray_data import draw_on_ray

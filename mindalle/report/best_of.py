@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mindalle.data.samples import Sample, Source, Unreadable
-from mindalle.evaluation.features import clip_hash
 from mindalle.evaluation.pictures import RESULTS, PictureSet, measure_pictures, read_samples
 from mindalle.generation.formats import read_lines
 from mindalle.image import open_image
@@ -22,7 +21,7 @@ def settings(lab: Lab) -> dict[str, Any]:
     ranker = lab.pipe.reranker
     return lab.settings(has_drawings=True) | {
         "num_candidates": lab.job.num_candidates,
-        "ranker": clip_hash(ranker) if ranker is not None else None,
+        "ranker": ranker.weights_hash if ranker is not None else None,
     }
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoint_io import config_to_mapping
 from mindalle.benchmark.measure import draw_condition, measure_decoding
 from mindalle.benchmark.naive import NaiveCache, NaiveGPT, run_stack
+from mindalle.progress import progress_bar
 from mindalle.report.lab import Lab
 from mindalle.report.page import Block, Figure, Table
 from mindalle.report.plots import Curve, Panel, draw_panels
@@ -99,13 +99,13 @@ def measure(lab: Lab, folder: Path) -> tuple[dict[str, Any], list[str]]:
     _time_caches(replace(gpt, code_shape=(2, 2)), 1)  # not counted: a process's first calls are slower
     by_length = [
         {"num_codes": side * side, **_time_caches(replace(gpt, code_shape=(side, side)), lab.job.repeats)}
-        for side in tqdm(lab.job.lengths, desc="timing caches", unit=" lengths")
+        for side in progress_bar(lab.job.lengths, desc="timing caches", unit=" lengths")
     ]
     models: dict[str, SequenceModel] = {_shape(GRID): _build(gpt), _shape(RESIDUAL): _build(rq)}
     _time(models, gpt, 1, 1)
     by_batch = [
         {"batch_size": size, **_time(models, gpt, size, lab.job.repeats)}
-        for size in tqdm(lab.job.batch_sizes, desc="timing shapes", unit=" batch sizes")
+        for size in progress_bar(lab.job.batch_sizes, desc="timing shapes", unit=" batch sizes")
     ]
     results = {
         "by_length": by_length,

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mindalle.evaluation.codebook import CODEBOOK_RULES, codebook_measures
 from mindalle.evaluation.pictures import PictureSet, picture_batches, read_samples
 from mindalle.evaluation.reconstruction import measure_reconstruction, quality_measures
 from mindalle.evaluation.refusal import refusal
 from mindalle.image import fit, to_pil, to_tensor
+from mindalle.progress import progress_bar
 from mindalle.report.lab import NUM_EXAMPLES, Lab
 from mindalle.report.page import Block, Figure
 from mindalle.report.plots import Curve, Panel, draw_panels
@@ -67,7 +67,7 @@ def _batches(lab: Lab, examples: list[Tensor]) -> Iterator[Tensor]:
     """The data as the tokenizer takes them; a few from all over them are kept as examples."""
     data = PictureSet(name=lab.source.name, fingerprint=lab.source.fingerprint)
     samples = read_samples(lab.source, lab.num_pictures)
-    bar = tqdm(samples, desc="reconstructing", total=lab.num_pictures, unit=" pictures")
+    bar = progress_bar(samples, desc="reconstructing", total=lab.num_pictures, unit=" pictures")
     for batch in picture_batches(bar, data, BATCH):
         images = [to_tensor(fit(sample.image, lab.size)) for sample in batch]
         # of n pictures those at 1/10, 3/10, ... of n, if there are five

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from checkpoint_io import atomic_path
 from mindalle.data.samples import Source, open_source
-from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, clip_hash, load_judge
+from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
+from mindalle.evaluation.frechet import check_components
 from mindalle.evaluation.model import sequence_model
 from mindalle.evaluation.pictures import PictureSet, measure_pictures, read_samples
 from mindalle.evaluation.refusal import refusal
@@ -27,6 +27,7 @@ from mindalle.generation.job import checkpoint_hash
 from mindalle.image import contact_sheet, fit
 from mindalle.memory import candidates_at_once
 from mindalle.pipeline import Pipeline
+from mindalle.progress import progress_bar
 from mindalle.report.records import FIGURES
 from mindalle.rerank import ClipReranker
 from stage2_transformer import GPT, RQTransformer, SamplingParams
@@ -42,6 +43,8 @@ class ReportJob:
 
     data: str | None = None  # captioned pictures that the model was not trained on
     model: str = "emoji"  # bundled name, path, release or hub id
+    text_tokenizer: str | None = None  # where it is not with the checkpoint
+    use_ema: bool = False  # the averaged weights of an rq-vae checkpoint
     out: Path
     judge: str | None = None  # the CLIP of all scores, which is not the one that ranks
     features: str = "efflite"  # of FEATURES, for Fréchet distances
@@ -73,7 +76,8 @@ class Lab:
     @cached_property
     def pipe(self) -> Pipeline:
         """The model."""
-        return Pipeline.from_pretrained(self.job.model)
+        job = self.job
+        return Pipeline.from_pretrained(job.model, text_tokenizer=job.text_tokenizer, use_ema=job.use_ema)
 
     @cached_property
     def unranked(self) -> Pipeline:
@@ -108,13 +112,15 @@ class Lab:
     @cached_property
     def judge_hash(self) -> str | None:
         """SHA-256 of its weights."""
-        return clip_hash(self.judge) if self.judge is not None else None
+        return self.judge.weights_hash if self.judge is not None else None
 
     @cached_property
     def network(self) -> FeatureNetwork:
         """The feature network."""
         options = FeatureOptions(inception_weights=self.job.inception_weights, clip=self.job.judge)
-        return FEATURES[self.job.features](options)
+        network = FEATURES[self.job.features](options)
+        check_components(self.num_components, network)
+        return network
 
     @property
     def num_components(self) -> int | None:
@@ -132,7 +138,9 @@ class Lab:
         total = self.num_pictures
         return measure_pictures(
             self.source,
-            tqdm(read_samples(self.source, total), desc="reading the data", total=total, unit=" pictures"),
+            progress_bar(
+                read_samples(self.source, total), desc="reading the data", total=total, unit=" pictures"
+            ),
             network=self.network,
             judge=None,
             prepare=partial(fit, size=self.size),
@@ -140,8 +148,21 @@ class Lab:
 
     @property
     def num_pictures(self) -> int:
-        """Of the data, as listed."""
-        return min(len(self.source), self.job.num_pictures or len(self.source))
+        """Of the data, as listed, or of shards on the network as many as are wanted.
+
+        Raises:
+            ValueError: if nobody has said how many.
+        """
+        try:
+            count = len(self.source)
+        except ValueError as error:
+            if self.job.num_pictures is None:
+                raise ValueError(
+                    f"how many pictures {self.source.name} holds is not known: say how many of them to take "
+                    "with --num-pictures"
+                ) from error
+            return self.job.num_pictures
+        return min(count, self.job.num_pictures or count)
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
@@ -186,6 +207,7 @@ class Lab:
         about: dict[str, Any] = {
             "model": self.model_hash,
             "model_name": job.model,
+            "ema": job.use_ema,
             "data": self.source.fingerprint,
             "data_name": self.source.name,
             "num_pictures": self.num_pictures,
@@ -227,6 +249,8 @@ class Lab:
             conditions=self.captions,
             directory=folder,
             model=self.job.model,
+            text_tokenizer=self.job.text_tokenizer,
+            use_ema=self.job.use_ema,
             params=params,
             num_images=num_candidates,
             num_candidates=num_candidates,

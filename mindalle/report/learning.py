@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mindalle.evaluation.results import json_number
 from mindalle.report.lab import Lab
 from mindalle.report.page import Block, Figure
 from mindalle.report.plots import Curve, Panel, draw_panels
+from mindalle.report.records import number
 
 MAX_POINTS = 200  # of a curve: more are put together
 MAX_PANELS = 4  # of a run
@@ -87,20 +89,20 @@ def _thinned(points: Sequence[tuple[int, float]]) -> dict[str, Any]:
     means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
     return {
         "steps": [round(step) for step, _ in means],
-        "values": [float(f"{value:.5g}") for _, value in means],
+        "values": [json_number(float(f"{value:.5g}")) for _, value in means],
         "values_per_point": size,
     }
 
 
 def show(results: Mapping[str, Any]) -> Iterator[Block]:
     """Figures of the results."""
-    for number, run in enumerate(results["runs"], start=1):
+    for place, run in enumerate(results["runs"], start=1):
         panels = _panels(run["curves"])
         sizes = {tag: curve["values_per_point"] for tag, curve in run["curves"].items()}
         thinned = max(sizes.values())
         mean = f" Points are means of up to {thinned} logged values." if thinned > 1 else ""
         yield Figure(
-            file=f"learning-{number}.svg",
+            file=f"learning-{place}.svg",
             svg=draw_panels(panels),
             caption=f"Training of {run['name']}: on training data (train) and held-out data (val).{mean}",
             look="Whether held-out curves still fall (or rise, where more is better) at the end, and how far "
@@ -113,7 +115,9 @@ def _panels(curves: Mapping[str, Mapping[str, Any]]) -> list[Panel]:
     sides: dict[str, list[Curve]] = {}
     for tag, curve in curves.items():
         side, _, name = tag.partition("/")
-        sides.setdefault(name, []).append(Curve(name=side, x=curve["steps"], y=curve["values"]))
+        sides.setdefault(name, []).append(
+            Curve(name=side, x=curve["steps"], y=[number(value) for value in curve["values"]])
+        )
     shown = [name for name in SHOWN if name in sides] or sorted(sides)
     return [
         Panel(

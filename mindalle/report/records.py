@@ -85,7 +85,7 @@ def is_same(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 
 def number(value: float | str) -> float:
-    """A number as JSON has it: infinities and NaN are text there."""
+    """A number of a data file, which `json_number` of mindalle.evaluation.results wrote."""
     return float(value)
 
 

@@ -7,9 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mindalle.evaluation.pictures import measure_pictures, read_samples
+from mindalle.progress import progress_bar
 from mindalle.report.lab import Lab
 from mindalle.report.page import Block, Figure
 from mindalle.report.plots import Grid, draw_grids, draw_panels
@@ -63,7 +62,7 @@ def measure(lab: Lab, folder: Path) -> tuple[dict[str, Any], list[str]]:
     lab.announce("sampling", len(wanted) * len(lab.captions))
     found = {
         params: _row(lab, folder / f"{number:03d}", params)
-        for number, params in enumerate(tqdm(wanted, desc="sampling", unit=" settings"))
+        for number, params in enumerate(progress_bar(wanted, desc="sampling", unit=" settings"))
     }
     sheets = {
         t: lab.draw_sheet(f"sampling-temperature-{t:g}.png", params, rows=NUM_ROWS)

@@ -77,6 +77,8 @@ def clip_of_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
     """--clip NAME loads a judge that likes bright pictures."""
 
     class Judge:
+        weights_hash = "b" * 64
+
         def score(self, images: Sequence[Image.Image], prompt: str) -> Tensor:
             assert isinstance(prompt, str)
             return torch.tensor([brightness(image) for image in images])

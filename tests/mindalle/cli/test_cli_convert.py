@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from cli_results import Command, pixels
 
+from mindalle.cli.output import atomic_directory
 from mindalle.pipeline import Pipeline
 
 PROMPTS = {
@@ -93,6 +95,14 @@ def test_an_existing_destination_is_refused_and_left_alone(
     result = mindalle("convert", checkpoints / "taming", tmp_path / "file" / "copy")
     assert result.code == 1
     assert "DST must be a directory" in result.err[0]
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """In a container every process has the same number, by which the temporary directory was named."""
+    (tmp_path / f".copy.{os.getpid()}.partial").mkdir()
+    with atomic_directory(tmp_path / "copy") as directory:
+        (directory / "file").write_text("whole")
+    assert (tmp_path / "copy" / "file").read_text() == "whole"
 
 
 def test_a_failure_leaves_nothing_behind(mindalle: Command, checkpoints: Path, tmp_path: Path) -> None:

@@ -400,7 +400,8 @@ def test_debug_shows_the_stack(generate: Command) -> None:
             RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
             "out of memory",
         ),
-        (MemoryError(), "out of memory: try a smaller --batch-size"),
+        (MemoryError(), "out of memory: try a smaller --batch-size or --precision int8"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory: try a smaller --batch-size"),
         (KeyError("surprise"), "KeyError: 'surprise' (this is unexpected: --debug shows where)"),
         (FloatingPointError("the model's logits are not finite"), "the model's logits are not finite"),
     ],
@@ -439,6 +440,14 @@ def test_errors_of_the_machine(
 def test_errors_in_one_line(error: Exception, line: str) -> None:
     assert describe(error).startswith(line)
     assert "\n" not in describe(error)
+
+
+def test_advice_speaks_of_the_options_at_hand() -> None:
+    """`--precision bf16` was advised to commands without the option, and takes more memory than int8."""
+    assert describe(MemoryError()) == "out of memory"
+    assert describe(MemoryError(), ["--batch-size"]) == "out of memory: try a smaller --batch-size"
+    full = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert describe(full, ["--precision", "--batch-size"]) == "out of memory: try a smaller --batch-size"
 
 
 def test_a_tokenizer_with_more_words_than_the_model(generate: Command, copy: Any) -> None:

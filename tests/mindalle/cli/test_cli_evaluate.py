@@ -18,7 +18,9 @@ from evaluation_sets import write_clip, write_set
 from shard_files import write_pictures, write_shard
 
 from checkpoint_io import file_hash
+from mindalle.checkpoint import SamplingDefaults, save_checkpoint
 from mindalle.cli import evaluate
+from mindalle.clip_weights import load_native_clip
 from mindalle.data.samples import open_source
 from mindalle.evaluation import load_moments, ranks_of_own
 from mindalle.evaluation.distances import frechet_distance
@@ -27,7 +29,9 @@ from mindalle.evaluation.moments import moments_of
 from mindalle.hub import resolve_model
 from mindalle.image import fit, open_image, psnr, to_tensor
 from mindalle.pipeline import Pipeline
-from stage1_vqgan import load_tokenizer
+from mindalle.text import TextTokenizer
+from stage1_vqgan import VQGAN, load_tokenizer
+from stage2_transformer import GPT
 
 ROOT = Path(evaluate.__file__).parents[2]
 
@@ -195,6 +199,78 @@ def test_model(mindalle: Command, text_model: Path, clip: Path, sets: Path, tmp_
         assert record["num_images"] == 30
 
 
+def test_averaged_weights_and_a_text_tokenizer(
+    mindalle: Command, checkpoints: Path, sets: Path, tmp_path: Path
+) -> None:
+    """A text release of rq-vae has neither a tokenizer nor one set of weights: it could not be measured."""
+    for stage in ("stage1", "stage2"):
+        (tmp_path / "bare" / stage).parent.mkdir(exist_ok=True)
+        (tmp_path / "bare" / stage).symlink_to(checkpoints / "rq-text" / stage)
+    words, out = checkpoints / "rq-text" / "text_tokenizer.json", tmp_path / "results.json"
+    arguments = ("evaluate", "model", tmp_path / "bare", sets / "few", "--text-tokenizer", words, "--ema")
+    drawn = ("--metrics", "nll", "--save-images", tmp_path / "drawn", "--out", out)
+    result = mindalle(*arguments, *drawn)
+    assert result.code == 0, result.err
+    pipe = Pipeline.from_pretrained(tmp_path / "bare", text_tokenizer=words, use_ema=True)
+    captions = [texts[0] for texts in open_source(str(sets / "few")).captions()]
+    with torch.no_grad():
+        codes = pipe.image_tokenizer.encode(pictures(sets / "few"))
+        assert pipe.model is not None
+        logits = pipe.model(codes, pipe.encode_conditions(captions)).logits  # (B, h, w, D, V)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 3), codes.flatten()).item()
+    found = read(out)["NLL per code"]
+    assert found["value"] == pytest.approx(nll, rel=1e-4)
+    assert found["subject"]["ema"] is True
+    assert json.loads((tmp_path / "drawn" / "plan.json").read_text())["use_ema"] is True
+
+    values = []
+    for option in ((), ("--ema",)):
+        out = tmp_path / f"reconstructions{len(option)}.json"
+        few = (checkpoints / "rq-text", sets / "few", "--metrics", "pixels", *option, "--out", out)
+        assert mindalle("evaluate", "reconstruct", *few).code == 0
+        record = read(out)["PSNR"]
+        assert record["subject"]["ema"] is bool(option)
+        values.append((record["value"], record["subject"]["sha256"]))
+    tokenizer = load_tokenizer(checkpoints / "rq-text", use_ema=True)
+    images = pictures(sets / "few")
+    with torch.no_grad():
+        value = psnr(images, tokenizer.decode(tokenizer.encode(images))).mean().item()
+    assert values[1][0] == pytest.approx(value, abs=1e-3)
+    assert values[0][0] != values[1][0]
+    assert values[0][1] != values[1][1]
+
+
+def test_who_chose_among_how_many_is_said(
+    mindalle: Command, tiny_vqgan: VQGAN, tiny_gpt: GPT, clip: Path, sets: Path, tmp_path: Path
+) -> None:
+    """A checkpoint whose CLIP ranks: in a folder of generate.py nothing told that it had chosen."""
+    save_checkpoint(
+        tmp_path / "model",
+        image_tokenizer=tiny_vqgan,
+        model=tiny_gpt,
+        text_tokenizer=TextTokenizer.from_file(clip / "text_tokenizer.json", length=6),
+        clip=load_native_clip(clip),
+        sampling=SamplingDefaults(num_candidates=3),
+    )
+    draw = ("generate", "--model", tmp_path / "model", "--prompt", "a red apple", "--num-images", 2)
+    assert mindalle(*draw, "--out", tmp_path / "drawn").code == 0
+    judged = ("--clip", clip, "--metrics", "clip_score", "--out", tmp_path / "r.json")
+    result = mindalle("evaluate", "images", tmp_path / "drawn", *judged)
+    assert result.code == 0, result.err
+    assert result.out[0] == f"pictures {tmp_path / 'drawn'} (best 2 of 6)"
+    record = read(tmp_path / "r.json")["CLIP score"]
+    assert record["subject"]["chosen"] == "best 2 of 6"
+    assert "chosen by the CLIP that judges them" in record["warnings"][0]
+
+    out = tmp_path / "model.json"
+    few = (tmp_path / "model", sets / "few", "--clip", clip, "--metrics", "clip_score", "--out", out)
+    result = mindalle("evaluate", "model", *few)
+    assert result.code == 0, result.err
+    assert any("drawn without choosing, where generate.py takes the best of 3" in line for line in result.err)
+    record = read(out)["CLIP score"]
+    assert (record["subject"]["num_candidates"], record["warnings"]) == (1, [])
+
+
 def test_likelihood_alone_draws_nothing(mindalle: Command, checkpoints: Path, tmp_path: Path) -> None:
     """A model of classes, on class folders with a picture that is none."""
     write_pictures(tmp_path / "set", ["class0/0.png", "class1/1.png", "class1/2.png"])
@@ -287,6 +363,26 @@ def test_shards(mindalle: Command, clip: Path, tmp_path: Path) -> None:
             ["reconstruct", "taming", "few", "--metrics", "rfd", "--features", "clip", "--clip", "CLIP"],
             "rfd takes at least 17 pictures on each side, more than features, got 6",
         ),
+        (
+            1,
+            ["images", "real", "real", "--clip", "CLIP", "--features", "clip", "--feature-dims", "17"],
+            "--feature-dims must be at most 16, the features of CLIP, got 17",
+        ),
+        (
+            1,
+            [
+                *("reconstruct", "taming", "real", "--metrics", "rfd", "--feature-dims", "17"),
+                *("--features", "clip", "--clip", "CLIP"),
+            ],
+            "--feature-dims must be at most 16, the features of CLIP, got 17",
+        ),
+        (
+            1,
+            ["model", "mindalle", "nowhere", "--save-images", "full"],
+            "full is not empty and holds no pictures, it has notes.txt: choose another",
+        ),
+        (1, ["model", "mindalle", "nowhere", "--save-images", "full/notes.txt"], "must be a directory"),
+        (1, ["model", "mindalle", "nowhere", "--save-images", "codes"], "codes holds no usable set"),
         (1, ["model", "taming", "few", "--metrics", "nll"], "holds an image tokenizer only"),
         (1, ["model", "mindalle", "real", "--metrics", "nll", "--out", "bad.json"], "is no file of results"),
         (2, ["paint"], "no mode 'paint'; known are reconstruct, images, model"),
@@ -306,6 +402,9 @@ def test_errors(
     """Each in one line, without a stack trace."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.json").write_text("{}")
+    for name in ("full/notes.txt", "codes/plan.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"format": "mindalle-codes-2"}')
     places = {"few": sets / "few", "real": sets / "real", "nowhere": tmp_path / "nowhere", "CLIP": clip}
     places |= {name: checkpoints / name for name in ("taming", "mindalle")}
     result = mindalle("evaluate", *(places.get(one, one) for one in argv))
@@ -406,5 +505,6 @@ def test_modes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {mode} " in shown for mode in ("reconstruct", "images", "model"))
+    assert "examples:\n  evaluate.py reconstruct path/to/vqgan imagenet/val --out results.json\n" in shown
     assert evaluate.main([]) == 2
     assert "no mode given" in capsys.readouterr().err

@@ -101,6 +101,7 @@ def test_text_chunks_and_results_say_how_to_draw_it_again(
             "ema": False,
             "num_candidates": 4,
             "clip": "x",
+            "judge_sha256": "b" * 64,
             "complete": None,
             "keep_rows": None,
         }

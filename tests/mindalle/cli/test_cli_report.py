@@ -32,7 +32,8 @@ def test_the_sections_are_those_of_the_report() -> None:
     ("arguments", "message"),
     [
         (["data", "--only", "depth"], "argument --only: invalid choice: 'depth'"),
-        ([], "there is nothing to measure on: name the DATA, or pass --render-only"),
+        ([], "there is nothing to measure sampling, depths, best_of on: name the DATA, choose other"),
+        (["--only", "learning", "depths"], "there is nothing to measure depths on: name the DATA"),
         (["--render-only", "--only", "depths"], "leave --only out"),
         (["data", "--feature-dims", "-1"], "--feature-dims must be at least 0 (0 = all), got -1"),
         (["data", "--features", "clip"], "--features clip takes the judge's: name it with --judge"),
@@ -46,6 +47,18 @@ def test_usage_errors(mindalle: Command, tmp_path: Path, arguments: list[str], m
     assert result.code == 2
     assert message in result.err[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_options_reach_the_job(mindalle: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+    monkeypatch.setattr("mindalle.report.sections.measure_sections", lambda job, names: jobs.append(job))
+    monkeypatch.setattr("mindalle.report.sections.render", lambda out: [])
+    options = ("--text-tokenizer", "words.json", "--ema", "--num-pictures", 9, "--seed", 3)
+    assert mindalle("report", "data", "--out", tmp_path, *options).code == 0
+    assert mindalle("report", "--only", "learning", "decoding", "--out", tmp_path).code == 0  # read no data
+    job, without = jobs
+    assert without.data is None
+    assert (job.text_tokenizer, job.use_ema, job.num_pictures, job.seed) == ("words.json", True, 9, 3)
 
 
 @pytest.mark.slow

@@ -86,6 +86,14 @@ class TestUsage:
         assert_error(mindalle("train", "frobnicate"), 2, "invalid choice: 'frobnicate'", "'fit', 'validate'")
 
 
+def test_help_has_examples(mindalle: Command) -> None:
+    """Also that of the command as a whole, which names no config."""
+    for arguments in (("--help",), ("fit", "--help")):
+        result = mindalle("train", *arguments)
+        assert result.code == 0
+        assert "  train.py fit --config configs/toy/vqgan.yaml" in result.out
+
+
 MISFITS = [
     ("vqgan", ["--model.config.quantizer.codebook_size", 0], ["codebook_size", "at least 1, got 0"]),
     ("vqgan", ["--data.train", "nowhere"], ["no pictures at nowhere: expected a directory"]),

@@ -20,7 +20,7 @@ from mindalle.evaluation.distances import frechet_distance
 from mindalle.evaluation.features import FeatureNetwork, Features
 from mindalle.evaluation.frechet import frechet_measure
 from mindalle.evaluation.moments import moments_of
-from mindalle.evaluation.pictures import PictureSet, measure_pictures, read_samples, square
+from mindalle.evaluation.pictures import PictureSet, choice_of, measure_pictures, read_samples, square
 from mindalle.evaluation.refusal import RefusedError, check_count, refusal
 from mindalle.evaluation.results import Measure
 from mindalle.image import to_tensor
@@ -52,7 +52,7 @@ def by_name(measures: Sequence[Measure]) -> dict[str, Measure]:
     return {measure.metric: measure for measure in measures}
 
 
-def test_every_metric_and_one_look_at_each_picture(tmp_path: Path) -> None:
+def test_every_metric_and_one_look_at_each_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     extract = Counted()
     colours = network(extract=extract)
     sets = []
@@ -67,7 +67,9 @@ def test_every_metric_and_one_look_at_each_picture(tmp_path: Path) -> None:
     comparison = Comparison(
         pictures=pictures, reference=reference, network=colours, judge=colour_judge(), judge_hash="1" * 64
     )
-    found = by_name(measure_all(comparison, list(METRICS), may_refuse=False))
+    with caplog.at_level("INFO", logger="mindalle"):  # each takes a while
+        found = by_name(measure_all(comparison, list(METRICS), may_refuse=False))
+    assert [record.getMessage() for record in caplog.records] == [f"measuring {name}" for name in METRICS]
     assert set(found) == {
         *("Colour-FD", "Colour-KD", "Colour-IS", "Colour-precision", "Colour-recall"),
         *("CLIP score", "R-precision of 4"),
@@ -203,7 +205,7 @@ def test_a_drawn_folder(tmp_path: Path) -> None:
     rows = []
     for index, (picture, caption) in enumerate(noisy_colours(3)):
         picture.save(tmp_path / f"{index}.png")
-        settings = {"judge_sha256": "a" * 64 if index else None}
+        settings = {"judge_sha256": "a" * 64 if index else None, "num_candidates": 16}
         rows.append({"file": f"{index}.png", "prompt": caption, "settings": settings})
     plain("red").save(tmp_path / "all-sheet.png")
     rows += [{"file": "gone.png", "prompt": "a cat"}, {"file": "bad.png", "class_label": 3}]
@@ -212,11 +214,27 @@ def test_a_drawn_folder(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     found = measure_pictures(source, read_samples(source), network=network(), judge=None)
     assert found.captions == [("a red car",), ("a yellow car",), ("a green car",)]
-    assert found.judges == {"a" * 64}
+    assert (found.judges, found.chosen) == ({"a" * 64}, "best 1 of 16")
     about = found.about("pictures")
     assert (about["num_images"], about["num_unreadable"]) == (3, 2)
     assert about["unreadable"][0].startswith("bad.png: not a picture")
     assert about["unreadable"][1] == "gone.png: results.jsonl lists it, but there is no such file"
+
+
+def test_how_pictures_were_chosen(tmp_path: Path) -> None:
+    """Of each prompt some of its candidates; where all were kept, a judge chose nothing."""
+    settings = {"judge_sha256": "a" * 64, "num_candidates": 2}
+    rows = [
+        {"file": f"{place}-{rank}.png", "number": place, "prompt": "a car", "settings": settings}
+        for place in range(2)
+        for rank in range(2)
+    ]
+    for count, chosen in ((4, None), (3, "best 1 of 2")):
+        lines = [json.dumps(row) + "\n" for row in rows[:count]]
+        (tmp_path / "results.jsonl").write_text("".join(lines))
+        for row in rows:
+            plain("red").save(tmp_path / str(row["file"]))
+        assert choice_of(open_source(str(tmp_path))) == ({"a" * 64}, chosen)
 
 
 def test_drawn_shards(tmp_path: Path) -> None:

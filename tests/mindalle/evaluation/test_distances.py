@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from mindalle.evaluation.distances import (
@@ -193,3 +195,24 @@ def test_inception_score_by_its_definition() -> None:
     assert inception_score(logits, seed=1) == inception_score(logits, seed=1)
     assert inception_score(logits, seed=1) != inception_score(logits, seed=2)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_inception_score_is_torchmetrics_where_splits_are_equal() -> None:
+    """Which shuffles by torch's own generator."""
+    logits = torch.randn(60, 9, generator=torch.Generator().manual_seed(0))
+    metric = InceptionScore(feature=Given(), splits=10)
+    metric.update(logits.double())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        expected = [float(value) for value in metric.compute()]
+    assert inception_score(logits, num_splits=10, seed=4) == pytest.approx(expected, rel=1e-9)
+
+
+def test_splits_of_the_inception_score_are_equal() -> None:
+    """torchmetrics makes nine splits of 11 and one of 2 of 101 pictures, ours are one of 11 and nine of 10.
+
+    Pictures that are surely of a class each have as their score how many they are.
+    """
+    sizes = [11] + [10] * 9
+    expected = (sum(sizes) / 10, statistics.stdev(sizes))
+    assert inception_score(torch.eye(101) * 1e4, num_splits=10) == pytest.approx(expected)

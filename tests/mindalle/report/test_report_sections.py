@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from clip_models import write_tokenizer
+from oracle.make import make_rq
 from report_models import save_model, small_job
+from shard_files import write_shard
+from torch.utils.tensorboard import SummaryWriter
 
 from mindalle.report import best_of, decoding, sampling
+from mindalle.report.lab import Lab
 from mindalle.report.records import read_record
 from mindalle.report.sections import SECTIONS, measure_sections, render
 from stage1_vqgan import RQVAE, VQGAN
@@ -83,6 +90,42 @@ def test_what_is_left_out_is_said(tiny_vqgan: VQGAN, tiny_gpt: GPT, tmp_path: Pa
     assert [measure["metric"] for measure in row["measures"]] == ["PSNR", "SSIM"]
 
 
+def test_averaged_weights_and_a_text_tokenizer(tmp_path: Path) -> None:
+    """Without these options text releases of rq-vae had no report."""
+    make_rq(tmp_path / "model", "text")
+    words = str(write_tokenizer(tmp_path))
+    job = small_job(tmp_path, str(tmp_path / "model"), text_tokenizer=words, use_ema=True, num_captions=2)
+    lab = Lab(job)
+    assert len(lab.draw(tmp_path / "set", lab.pipe.sampling.params)) == 2
+    assert json.loads((tmp_path / "set" / "plan.json").read_text())["use_ema"] is True
+    plain = Lab(small_job(tmp_path, job.model, text_tokenizer=words))
+    ours, theirs = lab.model.state_dict(), plain.model.state_dict()
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+    assert lab.settings(has_drawings=True) != plain.settings(has_drawings=True)
+
+
+def test_more_components_than_features_are_refused(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
+    """Before anything is drawn."""
+    model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
+    with pytest.raises(ValueError, match="--feature-dims must be at most 16, the features of CLIP, got 17"):
+        measure_sections(small_job(tmp_path, model, feature_dims=17), ["depths"])
+
+
+def test_shards_on_the_network(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
+    """Nobody has counted them: the report, which has no such option, said "set epoch_size"."""
+    model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
+    write_shard(tmp_path / "set.tar", range(5))
+    address = f"pipe:cat {tmp_path / 'set.tar'}"
+    with pytest.raises(ValueError, match=r"is not known: say how many of them to take with --num-pictures"):
+        measure_sections(small_job(tmp_path, model, data=address), ["depths"])
+    job = small_job(tmp_path, model, data=address, num_pictures=4)
+    assert measure_sections(job, ["depths"]) == ["depths"]
+    record = read_record(job.out, "depths")
+    assert record is not None
+    assert record.settings["num_pictures"] == 4
+    assert record.results["codebooks"][0]["measures"][0]["num_images"] == 4
+
+
 def test_other_settings_are_measured_again(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
     """And a tokenizer alone draws nothing."""
     model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
@@ -150,6 +193,20 @@ def test_damaged_data_is_one_clear_error(tiny_rqvae: RQVAE, tmp_path: Path) -> N
     (job.out / "figures" / "depths.png").write_bytes(b"<svg onload=alert(1)>")
     with pytest.raises(ValueError, match=r"depths\.png is no sheet of pictures"):
         render(job.out)
+
+
+def test_curves_that_are_no_numbers(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
+    """The loss of a run that diverged was "not JSON compliant", and no page was made."""
+    writer = SummaryWriter(str(tmp_path / "run"))
+    for step, loss in enumerate((2.0, math.inf, math.nan)):
+        writer.add_scalar("train/loss", loss, step)
+    writer.close()
+    model = save_model(tmp_path / "model", tiny_rqvae, None, has_clip=False)
+    job = small_job(tmp_path, model, runs=(("GPT", tmp_path / "run"),))
+    assert measure_sections(job, ["learning"]) == ["learning"]
+    (run,) = read_record(job.out, "learning").results["runs"]  # type: ignore[union-attr]
+    assert run["curves"]["train/loss"]["values"] == [2.0, "inf", "nan"]
+    assert "Training of GPT" in render(job.out)[0].read_text()
 
 
 def test_a_killed_section_goes_on(
