@@ -44,14 +44,12 @@ class SequenceModel(Protocol):
         """(h, w) or (h, w, D)."""
         ...
 
-    def __call__(self, codes: Tensor, cond: Tensor | None, past: Tensor | None = None) -> SequenceOutput:
+    def __call__(self, codes: Tensor, cond: Tensor | None) -> SequenceOutput:
         """Predict every code from the condition and the codes before it, in training and evaluation alike.
 
         Args:
             codes: int64 (B, *code_shape).
             cond: (B, N) text ids, (B,) labels, or None.
-            past: int64 (B, *code_shape), read in place of `codes` as what came before; an RQ-Transformer
-                reads the earlier depths of the same position from `codes` all the same.
         """
         ...
 

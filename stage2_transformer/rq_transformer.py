@@ -177,7 +177,8 @@ class RQTransformer(nn.Module):
         Args:
             codes: int64 (B, h, w, D).
             cond: text ids (B, N), labels (B,), or None.
-            past: like `codes`, what is read of earlier positions; None = `codes`.
+            past: like `codes`, what is read of earlier positions; None = `codes`. The earlier depths of a
+                position itself are read from `codes` all the same.
 
         Returns:
             SequenceOutput with logits (B, h, w, D, V), -inf beyond a depth's own codebook, and for text
