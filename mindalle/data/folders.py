@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,12 +82,9 @@ class Folder:
             return Unreadable(key, "its captions cannot be read: expected UTF-8 text")
         return decode(key, self._root / picture.file, picture.captions, picture.label)
 
-    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+    def read(self, part: int) -> Iterator[Sample | Unreadable]:
         """The samples of a part; see `Source.read`."""
-        indices = list(range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(self))))
-        if order is not None:
-            order.shuffle(indices)
-        return map(self.__getitem__, indices)
+        return map(self.__getitem__, range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(self))))
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         """The captions of each listed picture."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,12 +67,11 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Samples as listed; unreadable ones count."""
 
-    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+    def read(self, part: int) -> Iterator[Sample | Unreadable]:
         """The samples of a part, read and decoded one by one.
 
         Args:
             part: in [0, num_parts).
-            order: shuffles them; None = as listed.
         """
 
     def captions(self) -> Iterator[tuple[str, ...]]:

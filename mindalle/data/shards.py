@@ -97,10 +97,9 @@ class Shards:
                 digest.update(repr(sorted(described.items())).encode(errors="backslashreplace"))
         return _Index(count, num_classes, digest.hexdigest())
 
-    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+    def read(self, part: int) -> Iterator[Sample | Unreadable]:
         """The samples of a shard; see `Source.read`."""
-        samples = self.raw(part)
-        return map(self.decode, samples if order is None else shuffled(samples, order))
+        return map(self.decode, self.raw(part))
 
     def raw(self, part: int) -> Iterator[RawSample | Unreadable]:
         """The samples of a shard, not decoded; where the shard itself is damaged, an Unreadable says so.

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pickle
-import random
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -291,12 +290,6 @@ class TestFolder:
         parts = [[sample.key for sample in many.read(part)] for part in range(3)]
         assert [len(part) for part in parts] == [PART_SIZE, PART_SIZE, 3]
         assert list(chain(*parts)) == [f"{i}.png" for i in range(len(many))]
-
-    def test_shuffled_part(self, many: Source) -> None:
-        first, again = ([sample.key for sample in many.read(0, order=random.Random(7))] for _ in range(2))
-        assert first == again
-        assert first != sorted(first, key=lambda key: int(key[:-4]))
-        assert sorted(first) == sorted(sample.key for sample in many.read(0))
 
     @pytest.mark.parametrize("index", [-1, 2 * PART_SIZE + 3])
     def test_index(self, many: Folder, index: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import shlex
 import threading
 from collections.abc import Iterator
@@ -136,12 +135,6 @@ class TestSamples:
         assert isinstance(second, Sample)
         assert (first.label, second.label) == (2, 0)
         assert third == Unreadable("0.tar/2", "it has no label (cls), unlike the first picture of the shards")
-
-    def test_shuffled_part(self, tmp_path: Path) -> None:
-        source = open_source(str(write_shard(tmp_path / "0.tar", range(30))))
-        orders = [[sample.key for sample in source.read(0, order=random.Random(seed))] for seed in (1, 1, 2)]
-        assert orders[0] == orders[1] != orders[2]
-        assert sorted(orders[0]) == sorted(orders[2]) == [f"0.tar/{i:04d}" for i in range(30)]
 
 
 class TestDamagedShards:
