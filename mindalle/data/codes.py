@@ -17,7 +17,7 @@ from mindalle.data.code_cache import (
     CodeCache,
     identified_tokenizer,
 )
-from mindalle.data.code_items import Codes, Condition
+from mindalle.data.code_items import Codes, ConditionKind
 from mindalle.data.encoding import encode_source
 from mindalle.data.module import StreamData
 from mindalle.data.part_encoder import EncodingJob
@@ -71,7 +71,7 @@ class CodeData(StreamData):
         cache_dir: str | None = None,
         transform: TransformConfig | None = None,
         num_crops: int = 1,
-        condition: Condition = "text",
+        condition: ConditionKind = "text",
         text_tokenizer: str | None = None,
         text_length: int = 64,
         batch_size: int = 64,
