@@ -239,11 +239,13 @@ class TestGoingOn:
         before = contents(job.directory)
         for name in ("header.json", "part-00001.npy"):
             (job.directory / name).unlink()
-        (job.directory / ".part-00001-x.npy").write_bytes(b"half")  # of a process that was killed
+        (job.directory / ".part-00001-0123456789abcdef.npy").write_bytes(
+            b"half"
+        )  # of a process that was killed
         times = {path.name: path.stat().st_mtime_ns for path in job.directory.glob("part-*.npy")}
         assert encode_source(job) == header
         assert contents(job.directory) == before
-        assert not (job.directory / ".part-00001-x.npy").exists()
+        assert not (job.directory / ".part-00001-0123456789abcdef.npy").exists()
         assert {name: (job.directory / name).stat().st_mtime_ns for name in times} == times
         assert len(times) == 2
 
