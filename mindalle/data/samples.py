@@ -62,7 +62,11 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what is listed: it changes when a picture or caption comes, goes or changes."""
+        """SHA-256, in hex, of what is listed: of names, sizes, captions and labels, not of pixels.
+
+        The same on every machine, so no time of a file in a folder counts: there, a picture that is made
+        anew with exactly as many bytes goes unnoticed.
+        """
 
     def __len__(self) -> int:
         """Samples as listed; unreadable ones count."""
