@@ -145,7 +145,7 @@ class TestHostileFiles:
         found = reasons(tmp_path)
         assert sorted(found) == sorted([*files, "gone.png"])
         assert found["gone.png"] == "there is no such file"
-        assert found["line.png"] == "3000 x 2 pixels is no picture but a line"
+        assert found["line.png"] == "no picture but a line: 3000 x 2 pixels"
         for name in ("empty", "program", "text"):
             assert found[f"{name}.png"].startswith("not a picture of a known format")
         assert "exceeds limit" in found["bomb.png"]
