@@ -181,6 +181,8 @@ class CodeData(StreamData):
             self._check(cache)
         if "val" in caches:
             _check_pair(caches["train"].plan, caches["val"].plan)
+            if self.condition == "class":
+                _check_classes(caches["train"], caches["val"])
         self.caches = caches
 
     def _check(self, cache: CodeCache) -> None:
@@ -307,4 +309,16 @@ def _check_pair(train: CachePlan, val: CachePlan) -> None:
         raise ValueError(
             "labels are numbers in the order of the classes, so train and val must have the same, got "
             f"{', '.join(names[:5])} in one of them only"
+        )
+
+
+def _check_classes(train: CodeCache, val: CodeCache) -> None:
+    """The model has the classes of training alone."""
+    expected, got = train.header.num_classes, val.header.num_classes
+    if got > expected:
+        names = ", ".join(val.plan.classes[expected : expected + 5])
+        raise ValueError(
+            f"train has {expected} classes, so val may have {expected} at most, got {got}"
+            f"{f' ({names} in val only)' if names else ''}: leave their pictures out of val, or encode train "
+            "again with these classes (an empty folder makes one)"
         )
