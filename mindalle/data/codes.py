@@ -37,6 +37,9 @@ Split = Literal["train", "val"]
 class CodeData(StreamData):
     """Codes for training a sequence model; what is not encoded yet is, before training starts.
 
+    That is done on the CPU, by one process: for more than some thousand pictures run `tools/encode.py` first,
+    with --device or --num-processes, and name its cache.
+
     Batches have `codes` int64 (B, *code_shape), `cond`: text ids int64 (B, N) or labels int64 (B,), absent
     without a condition, and `keys`, where each picture came from; with soft targets also `targets` float32
     (B, *code_shape, V). Crops, captions and all else that is drawn are a function of seed, epoch and picture.
@@ -105,7 +108,7 @@ class CodeData(StreamData):
         """Empty before `setup`."""
 
     def prepare_data(self) -> None:
-        """Encode what is not encoded yet.
+        """Encode what is not encoded yet, on the CPU.
 
         Raises:
             FileNotFoundError: if pictures, image tokenizer or text tokenizer are not there.
@@ -114,7 +117,14 @@ class CodeData(StreamData):
         self._read_text_tokenizer()  # before hours of encoding
         for split, spec in self.specs.items():
             if not _is_cache(spec):
-                encode_source(self._job(split, spec))
+                job = self._job(split, spec)
+                if not (job.directory / HEADER).is_file():
+                    logger.info(
+                        "encoding %s on the CPU, in one process: tools/encode.py is quicker, with "
+                        "--device cuda or --num-processes; then name its cache",
+                        job.source.name,
+                    )
+                encode_source(job)
 
     def _job(self, split: Split, spec: str | list[str]) -> EncodingJob:
         size = load_image_tokenizer(self.image_tokenizer).convnet.image_size

@@ -81,13 +81,19 @@ def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 class TestPreparing:
-    def test_once(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+    def test_once(self, arguments: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """How to be quicker is said while there is something to encode."""
+        caplog.set_level(logging.INFO, "mindalle")
         ready(arguments)
+        assert "train.tar on the CPU, in one process: tools/encode.py is quicker" in caplog.text
+        assert "val.tar on the CPU" in caplog.text
+        caplog.clear()
         files = [path for path in (tmp_path / "codes").rglob("*") if path.suffix]
         assert {path.parent.name for path in files} == {"train", "val"}
         before = {path: path.stat().st_mtime_ns for path in files}
         ready(arguments)
         assert {path: path.stat().st_mtime_ns for path in files} == before
+        assert "on the CPU" not in caplog.text
 
     def test_crops_of_training_only(self, arguments: dict[str, Any]) -> None:
         data = ready(arguments, num_crops=3, transform=RANDOM)
