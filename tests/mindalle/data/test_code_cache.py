@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -160,10 +161,18 @@ class TestRoundTrip:
             codes.append(torch.stack([read(mine).codes(index, crop) for crop in range(4)]))
         assert torch.equal(*codes)
 
-    def test_mapped_and_reopened_in_other_processes(self, job: EncodingJob) -> None:
+    def test_no_file_stays_open(self, job: EncodingJob) -> None:
+        """Two or three did of each part: of 130,000 pictures more than a process may have open."""
+        encode_source(replace(job, has_latents=True))
+        before = os.listdir("/dev/fd")
+        cache = read(job)
+        for i in range(len(cache)):
+            cache.picture(i), cache.codes(i, 0), cache.latents(i, 0)
+        assert os.listdir("/dev/fd") == before
+
+    def test_reopened_in_other_processes(self, job: EncodingJob) -> None:
         encode_source(job)
         cache = read(job)
-        assert all(isinstance(part.codes, np.memmap) for part in cache.parts)
         copy = pickle.loads(pickle.dumps(cache))
         assert len(pickle.dumps(cache)) < 1000
         assert torch.equal(copy.codes(6, 0), cache.codes(6, 0))
@@ -511,6 +520,32 @@ class TestRefusal:
         cache.codes(0, 0), cache.picture(0)
         with pytest.raises(CheckpointError, match=message):
             cache.codes(6, 0), cache.picture(6)
+
+    @pytest.mark.parametrize("name", ["codes", "latents", "picture"])
+    def test_files_cut_while_in_use(self, job: EncodingJob, name: str) -> None:
+        encode_source(replace(job, has_latents=True))
+        cache = read(job)
+        file = {
+            "codes": "part-00002.npy",
+            "latents": "part-00002.latents.npy",
+            "picture": "part-00002.jsonl",
+        }[name]
+        os.truncate(job.directory / file, 140)
+        with pytest.raises(CheckpointError, match=f"part-00002 is damaged: {file} was cut while in use"):
+            cache.picture(6) if name == "picture" else getattr(cache, name)(6, 0)
+
+    @pytest.mark.parametrize("place", ["numpy.load", "numpy.fromfile", "pathlib.Path.read_text"])
+    def test_what_is_no_damage(self, job: EncodingJob, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+        """With too many files open, good parts were called damaged, to be removed and encoded again."""
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        encode_source(job)
+        tokenizer_hash = hash_of(job)
+        monkeypatch.setattr(place, refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            CodeCache(job.directory, tokenizer_hash=tokenizer_hash)
 
     def test_latents(self, job: EncodingJob) -> None:
         encode_source(replace(job, has_latents=True))
