@@ -36,6 +36,7 @@ class Unreadable:
 
     key: str  # as of a sample
     reason: str  # one line
+    is_out_of_reach: bool = False  # a shard, the rest of which may come when it is read again
 
 
 class Source(Protocol):

@@ -242,6 +242,53 @@ class TestUnreadable:
             read(job)
 
 
+class TestOutOfReach:
+    """The rest of a shard was lost for good when its connection was, and the part counted as whole."""
+
+    @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+    def test_encoded_another_time(
+        self, job: EncodingJob, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_processes: int
+    ) -> None:
+        whole = [Path(url).read_bytes() for url in job.source.urls]  # type: ignore[attr-defined]
+        shards = [tmp_path / f"remote-{i}.tar" for i in range(3)]
+        job = replace(job, source=open_source([f"pipe:cat {shard}" for shard in shards]))
+        shards[0].write_bytes(whole[0][:2600])  # inside the second picture
+        shards[1].write_bytes(whole[1])
+        with pytest.raises(
+            ConnectionError, match=r"2 of 3 shards of pipe:.* could not be read .*: encode again to go on"
+        ):
+            encode_source(job, num_processes=num_processes)
+        assert f"skipped pipe:cat {shards[0]}: the shard is damaged or out of reach" in caplog.text
+        assert f"skipped pipe:cat {shards[2]}: the shard is damaged or out of reach" in caplog.text
+        assert [path.name for path in job.directory.glob("*.npy")] == ["part-00001.npy"]
+        assert not (job.directory / "header.json").exists()
+
+        for shard, content in zip(shards, whole, strict=True):
+            shard.write_bytes(content)
+        header = encode_source(job, num_processes=num_processes)
+        assert (header.count, header.num_unreadable, len(read(job))) == (7, 0, 7)
+        assert not list(job.directory.glob("*.unreadable"))
+
+    def test_a_local_shard_that_is_cut(self, job: EncodingJob, caplog: pytest.LogCaptureFixture) -> None:
+        """It would be no longer another time: what is readable is encoded, the rest is named."""
+        first = job.source.urls[0]  # type: ignore[attr-defined]
+        os.truncate(first, 2600)
+        job = replace(job, source=open_source(list(job.source.urls)))  # type: ignore[attr-defined]
+        header = encode_source(job)
+        assert (header.count, header.num_unreadable) == (5, 1)
+        assert "skipped a.tar: the shard is damaged or out of reach: unexpected end of data" in caplog.text
+
+    def test_a_local_shard_that_is_gone(self, job: EncodingJob) -> None:
+        """As those of a network drive are for a while."""
+        first = Path(job.source.urls[0])  # type: ignore[attr-defined]
+        assert job.source.fingerprint  # listed while it was there
+        first.rename(first.with_suffix(".away"))
+        with pytest.raises(ConnectionError, match=r"1 of 3 shards of .*a.tar and 2 more could not be"):
+            encode_source(job)
+        first.with_suffix(".away").rename(first)
+        assert encode_source(job).count == 7
+
+
 class TestGoingOn:
     def test_only_missing_parts_are_encoded(self, job: EncodingJob) -> None:
         header = encode_source(job)
