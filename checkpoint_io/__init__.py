@@ -8,7 +8,13 @@ from checkpoint_io.config import config_from_mapping, config_to_mapping, flatten
 from checkpoint_io.hashes import file_hash, tensors_hash
 from checkpoint_io.keys import KeyTable, load_strict, without_storage
 from checkpoint_io.layout import CheckpointPart, Layout, find_parts
-from checkpoint_io.tensors import CheckpointError, atomic_path, read_tensors, write_safetensors
+from checkpoint_io.tensors import (
+    CheckpointError,
+    atomic_path,
+    leftover_files,
+    read_tensors,
+    write_safetensors,
+)
 
 __all__ = [
     "CheckpointError",
@@ -21,6 +27,7 @@ __all__ = [
     "file_hash",
     "find_parts",
     "flatten_config",
+    "leftover_files",
     "load_strict",
     "read_tensors",
     "read_yaml",

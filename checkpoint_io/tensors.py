@@ -23,6 +23,9 @@ WORTH_RELEASING = 1 << 18
 """Bytes of a tensor below which nobody asks the system whether it is mapped."""
 
 
+_TEMPORARY = re.compile(r"\..+-[0-9a-f]{16}(\.[^.]+)?")  # what `atomic_path` calls a file until it is whole
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is truncated, hostile, of an unknown layout, or at odds with its own config."""
 
@@ -191,6 +194,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftover_files(directory: Path) -> Iterator[Path]:
+    """Find what `atomic_path` of killed processes left, which nothing else is named like.
+
+    Args:
+        directory: that no other process writes in; those below it are searched, too.
+
+    Yields:
+        The temporary files.
+    """
+    for path in directory.rglob(".*-*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            yield path
 
 
 def write_safetensors(

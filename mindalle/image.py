@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,12 @@ from torch import Tensor
 
 ROUNDING = 1e-4
 """Of a byte, added before truncating: what was a byte and then a float32 in [-1, 1] is off by up to 2e-5."""
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What Pillow may take a file for: it knows formats that are programs, too, such as EPS, and runs them."""
+
+MAX_ASPECT = 100
+"""Longer side / shorter side: resized by its shorter side, a line of pixels would fill the memory."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -28,25 +35,49 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a readable image.
+        ValueError: if it is not a readable picture.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
     try:
+        return decode_image(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
+
+
+def decode_image(file: Path | BytesIO) -> Image.Image:
+    """Decode a picture file, whatever it really holds: the one place that does so.
+
+    Args:
+        file: path or contents.
+
+    Returns:
+        An RGB image, as of `open_image`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: says in one line what the file is instead of a readable picture.
+    """
+    try:
         with warnings.catch_warnings():
-            # Pillow refuses twice as many pixels
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return on_white(image)
+            # Pillow's, about odd tags, and about large pictures: it refuses those of twice as many pixels
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=PICTURE_FORMATS) as image:
+                width, height = image.size
+                if max(width, height) <= MAX_ASPECT * min(width, height):
+                    return on_white(image)
+    except FileNotFoundError:
+        raise
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{path} is not an image of a known format: expected PNG, JPEG, WebP, ..."
-        ) from error
+        expected = ", ".join(PICTURE_FORMATS)
+        raise ValueError(f"not a picture of a known format: expected {expected}") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is refused: {str(error).rstrip('.')}; scale it down first") from error
+        raise ValueError(f"refused: {str(error).rstrip('.')}; scale it down first") from error
     except Exception as error:  # a damaged file fails in any of a dozen ways
-        raise ValueError(f"{path} is not a readable image: {error}. Was the download cut short?") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"not a readable picture: {reason}. Was the download cut short?") from error
+    raise ValueError(f"no picture but a line: {width} x {height} pixels")
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from checkpoint_io import atomic_path
+from checkpoint_io import atomic_path, leftover_files
 
 PLAN = "plan.json"
 
@@ -72,11 +72,11 @@ def begin(directory: Path, plan: P, read_plan: Callable[[Path], P]) -> None:
                 f"{directory} holds {plan.contents} of another plan ({'; '.join(differences)}): "
                 f"choose another directory, or remove this one to {plan.verb} again"
             )
+        for leftover in leftover_files(directory):
+            leftover.unlink()
     else:
         check_empty(directory, plan.contents)
         write_json(directory / PLAN, plan)
-    for leftover in directory.rglob(".*-*"):
-        leftover.unlink()
 
 
 def check_empty(directory: Path, contents: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,6 @@ EXAMPLES = """\
   {prog} photo.jpg
   {prog} folder/of/pictures --model minDALL-E/1.3B --out sheet.png
   {prog} photo.jpg --model path/to/rq-vae/ffhq --depths --size 256x512"""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHEET_ROWS = 64  # pictures on the sheet; of more only the measures are given
 
 
@@ -76,31 +76,37 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
     totals = _Totals(tokenizer)
     for batch in _reconstruct(tokenizer, files, size, args):
         totals.add(*batch)
+    if not totals.count:
+        raise ValueError(f"none of the {len(files)} pictures can be read: name others")
     for line in totals.lines():
         say(line)
-    if len(files) > SHEET_ROWS:
-        say(f"the sheet shows the first {SHEET_ROWS} of {len(files)} pictures", is_note=True)
+    if totals.count < len(files):
+        skipped = len(files) - totals.count
+        say(f"{skipped} of {len(files)} pictures could not be read and were skipped", is_note=True)
+    if totals.count > SHEET_ROWS:
+        say(f"the sheet shows the first {SHEET_ROWS} of {totals.count} pictures", is_note=True)
     path = out.with_name(free_stem(out.parent, out.stem, [".png"]) + ".png")
     save_png(path, contact_sheet(totals.cells, columns=totals.num_columns + 1), {"model": str(args.model)})
     say(path)
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files that are named, and the pictures in folders."""
     files: list[Path] = []
     for path in paths:
-        found = (
-            sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if path.is_dir()
-            else [path]
-        )
-        if not found:
-            raise FileNotFoundError(
-                f"{path} holds no pictures (of {', '.join(SUFFIXES)}): pass another folder"
-            )
-        files += found
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise FileNotFoundError(f"no image at {missing}")
+        if path.is_dir():
+            from mindalle.data.samples import PICTURE_SUFFIXES
+
+            found = sorted(file for file in path.iterdir() if file.suffix[1:].lower() in PICTURE_SUFFIXES)
+            if not found:
+                raise FileNotFoundError(
+                    f"{path} holds no pictures (of {', '.join(PICTURE_SUFFIXES)}): pass another folder"
+                )
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"no image at {path}")
     return files
 
 
@@ -133,17 +139,31 @@ def _reconstruct(
     """Batches: files, images, codes, and the reconstruction, or one for each number of depths."""
     import torch
 
-    from mindalle.image import fit, open_image, to_tensor
+    from mindalle.image import fit, to_tensor
     from stage1_vqgan.interface import coarse_to_fine
 
-    for first in range(0, len(files), args.batch_size):
-        batch = files[first : first + args.batch_size]
-        images = torch.stack([to_tensor(fit(open_image(file), size)) for file in batch])
+    read = ((file, _read(file, is_named=file in args.images)) for file in files)
+    pictures = ((file, picture) for file, picture in read if picture is not None)
+    while batch := list(islice(pictures, args.batch_size)):
+        images = torch.stack([to_tensor(fit(picture, size)) for _, picture in batch])
         with torch.inference_mode():
             codes = tokenizer.encode(images.to(args.device))
             kept = coarse_to_fine(codes) if args.depths else [codes]
             columns = [tokenizer.decode(part).cpu() for part in kept]
-        yield batch, images, codes.cpu(), columns
+        yield [file for file, _ in batch], images, codes.cpu(), columns
+
+
+def _read(file: Path, *, is_named: bool) -> Image.Image | None:
+    """A picture; None where one that was not named, but found in a folder, cannot be read."""
+    from mindalle.image import open_image
+
+    try:
+        return open_image(file)
+    except (FileNotFoundError, ValueError) as error:
+        if is_named:
+            raise
+        say(f"skipped: {error}", is_note=True)
+        return None
 
 
 class _Totals:
@@ -154,6 +174,11 @@ class _Totals:
         self.psnr: list[Tensor] = []  # (B, columns) dB of each batch
         self.counts: Tensor | None = None  # (D, V) how often each entry is used
         self.cells: list[Image.Image] = []  # row by row: the picture, its reconstructions
+
+    @property
+    def count(self) -> int:
+        """Pictures."""
+        return sum(map(len, self.psnr))
 
     @property
     def num_columns(self) -> int:

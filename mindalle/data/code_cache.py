@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,7 @@ class CachedPicture:
 
 
 class CodeCache:
-    """A finished cache; its files are mapped, not read, so that it may be larger than the memory.
+    """A finished cache; a picture is read when it is asked for, so that it may be larger than the memory.
 
     Args:
         directory: that `encode_source` made.
@@ -119,6 +120,7 @@ class CodeCache:
     Raises:
         FileNotFoundError: if there is no finished cache.
         CheckpointError: if it is damaged or from another tokenizer.
+        OSError: if its files cannot be read for another reason.
     """
 
     def __init__(self, directory: str | Path, *, tokenizer_hash: str) -> None:
@@ -139,8 +141,8 @@ class CodeCache:
                 f"expected {short(tokenizer_hash)})",
             )
         parts = [_Part(self.directory, number, self.plan) for number in range(self.plan.num_parts)]
-        self.parts = [part for part in parts if len(part.codes)]
-        self._starts = np.cumsum([0, *(len(part.codes) for part in self.parts)])
+        self.parts = [part for part in parts if part.count]
+        self._starts = np.cumsum([0, *(part.count for part in self.parts)])
         if len(self) != self.header.count:
             raise unusable(
                 self.directory, f"{self.header.count} pictures in the header, {len(self)} in the parts"
@@ -150,7 +152,7 @@ class CodeCache:
         return int(self._starts[-1])
 
     def __reduce__(self) -> Any:
-        """Processes get the name, not what is mapped."""
+        """Processes get the name, not what was found in it."""
         return partial(CodeCache, tokenizer_hash=self.tokenizer_hash), (self.directory,)
 
     def picture(self, index: int) -> CachedPicture:
@@ -161,7 +163,7 @@ class CodeCache:
     def codes(self, index: int, crop: int) -> Tensor:
         """Codes int64 (*code_shape) of a crop of a picture; raises CheckpointError if they are damaged."""
         part, row = self._find(index)
-        codes = part.codes[row, crop].astype(np.int64)
+        codes = part.read(part.codes, row, crop).astype(np.int64)
         if int(codes.max()) >= self.plan.codebook_size:
             raise unusable(
                 self.directory,
@@ -171,10 +173,10 @@ class CodeCache:
         return torch.from_numpy(codes)
 
     def latents(self, index: int, crop: int) -> Tensor:
-        """Latents float16 (C, h, w) of a crop of a picture."""
+        """Latents float16 (C, h, w) of a crop of a picture; raises CheckpointError if they are damaged."""
         part, row = self._find(index)
         assert part.latents is not None, "has_latents was not looked at"
-        return torch.from_numpy(part.latents[row, crop].copy())
+        return torch.from_numpy(part.read(part.latents, row, crop))
 
     def _find(self, index: int) -> tuple[_Part, int]:
         if not 0 <= index < len(self):
@@ -188,58 +190,91 @@ def part_path(directory: Path, number: int, suffix: str = ".npy") -> Path:
     return directory / f"part-{number:05d}{suffix}"
 
 
+@dataclass(frozen=True)
+class _Array:
+    """Where the rows of a .npy file are."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]  # (n, K, ...)
+    start: int  # of the first row, in bytes
+
+
 class _Part:
-    """The mapped files of a part."""
+    """The files of a part: looked at once, then opened for each row that is read.
+
+    They are not mapped: a map keeps its file open, and a cache has more files than a process may have open.
+    """
 
     def __init__(self, directory: Path, number: int, plan: CachePlan) -> None:
         self.directory, self.name = directory, part_path(directory, number).stem
-        codes = self._map(part_path(directory, number), np.uint16)
-        self._check(codes, (len(codes), plan.num_crops, *plan.code_shape))
-        self.codes = codes
+        self.codes = self._find(part_path(directory, number), np.uint16)
+        self.count = self.codes.shape[0]
+        self._check(self.codes, (self.count, plan.num_crops, *plan.code_shape))
         self.latents = None
         if plan.has_latents:
-            self.latents = self._map(part_path(directory, number, ".latents.npy"), np.float16)
+            self.latents = self._find(part_path(directory, number, ".latents.npy"), np.float16)
             channels = self.latents.shape[2:3]
-            self._check(self.latents, (len(codes), plan.num_crops, *channels, *plan.code_shape[:2]))
+            self._check(self.latents, (self.count, plan.num_crops, *channels, *plan.code_shape[:2]))
+        self.lines = part_path(directory, number, ".jsonl")
         # where each line begins, and the end
-        self.lines, self.places = self._map_lines(part_path(directory, number, ".jsonl"))
-        if len(self.places) - 1 != len(codes) or self.places[-1] != len(self.lines):
-            raise unusable(
-                directory,
-                f"{len(codes)} rows of codes, {len(self.places) - 1} whole lines of captions",
-                self.name,
-            )
+        self.places = self._find_lines()
 
-    def _map(self, path: Path, dtype: type[np.generic]) -> NDArray[Any]:
+    def _find(self, path: Path, dtype: type[np.generic]) -> _Array:
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.dtype != dtype or not array.ndim:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # only here: it compares header and size
+            if array.dtype != dtype or not array.ndim or not array.flags.c_contiguous:
                 raise ValueError(f"expected {dtype.__name__}, got {array.dtype} {list(array.shape)}")
-        except (OSError, EOFError, ValueError) as error:
+        except (FileNotFoundError, EOFError, ValueError) as error:
             raise unusable(self.directory, f"{path.name}: {error}", self.name) from error
-        return array  # type: ignore[no-any-return]
+        return _Array(path, array.dtype, array.shape, array.offset)
 
-    def _check(self, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    def _check(self, array: _Array, shape: tuple[int, ...]) -> None:
         if array.shape != shape:
             raise unusable(
                 self.directory, f"expected shape {list(shape)}, got {list(array.shape)}", self.name
             )
 
-    def _map_lines(self, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def _find_lines(self) -> NDArray[np.int64]:
         try:
-            # numpy refuses to map an empty file
-            lines = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-        except (OSError, ValueError) as error:
+            content = np.fromfile(self.lines, np.uint8)
+        except FileNotFoundError as error:
             raise unusable(self.directory, str(error), self.name) from error
-        return lines, np.concatenate([[0], np.flatnonzero(lines == ord("\n")) + 1])
+        places = np.concatenate([[0], np.flatnonzero(content == ord("\n")) + 1])
+        if len(places) - 1 != self.count or places[-1] != len(content):
+            raise unusable(
+                self.directory,
+                f"{self.count} rows of codes, {len(places) - 1} whole lines of captions",
+                self.name,
+            )
+        return places
+
+    def read(self, array: _Array, row: int, crop: int) -> NDArray[Any]:
+        """Codes or latents of one crop of a picture."""
+        assert 0 <= crop < array.shape[1]
+        shape = array.shape[2:]
+        size = math.prod(shape) * array.dtype.itemsize
+        content = self._read(array.path, array.start + (row * array.shape[1] + crop) * size, size)
+        return np.frombuffer(content, array.dtype).reshape(shape)
 
     def picture(self, row: int) -> CachedPicture:
-        line = self.lines[self.places[row] : self.places[row + 1]].tobytes()
+        """What the line of a picture says."""
+        start, end = map(int, self.places[row : row + 2])
+        line = self._read(self.lines, start, end - start)
         try:
             found = json.loads(line)
             return CachedPicture(found["key"], tuple(found["captions"]), found["label"])
         except (ValueError, KeyError, TypeError) as error:
             raise unusable(self.directory, f"line {row + 1} of its captions: {error!r}", self.name) from error
+
+    def _read(self, path: Path, start: int, size: int) -> bytearray:
+        """Bytes of a file."""
+        content = bytearray(size)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            if file.readinto(content) != size:
+                raise unusable(self.directory, f"{path.name} was cut while in use", self.name)
+        return content
 
 
 def unusable(directory: Path, reason: str, part: str | None = None) -> CheckpointError:
@@ -264,5 +299,5 @@ def _read_json(path: Path, cls: type[T]) -> T:
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"expected format {FORMAT}, got {found!r:.80}")
         return config_from_mapping(cls, content, where=path.name)
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise unusable(path.parent, str(error)) from error

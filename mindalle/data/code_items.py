@@ -15,7 +15,7 @@ from mindalle.data.samples import seed_of
 from mindalle.data.stream import Batch
 from mindalle.text import TextTokenizer
 
-Condition: TypeAlias = Literal["text", "class", "none"]
+ConditionKind: TypeAlias = Literal["text", "class", "none"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Codes:
     def __init__(
         self,
         cache: CodeCache,
-        condition: Condition,
+        condition: ConditionKind,
         text_tokenizer: TextTokenizer | None,
         *,
         seed: int,

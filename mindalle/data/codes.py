@@ -17,7 +17,7 @@ from mindalle.data.code_cache import (
     CodeCache,
     identified_tokenizer,
 )
-from mindalle.data.code_items import Codes, Condition
+from mindalle.data.code_items import Codes, ConditionKind
 from mindalle.data.encoding import encode_source
 from mindalle.data.module import StreamData
 from mindalle.data.part_encoder import EncodingJob
@@ -36,6 +36,9 @@ Split = Literal["train", "val"]
 
 class CodeData(StreamData):
     """Codes for training a sequence model; what is not encoded yet is, before training starts.
+
+    That is done on the CPU, by one process: for more than some thousand pictures run `tools/encode.py` first,
+    with --device or --num-processes, and name its cache.
 
     Batches have `codes` int64 (B, *code_shape), `cond`: text ids int64 (B, N) or labels int64 (B,), absent
     without a condition, and `keys`, where each picture came from; with soft targets also `targets` float32
@@ -71,7 +74,7 @@ class CodeData(StreamData):
         cache_dir: str | None = None,
         transform: TransformConfig | None = None,
         num_crops: int = 1,
-        condition: Condition = "text",
+        condition: ConditionKind = "text",
         text_tokenizer: str | None = None,
         text_length: int = 64,
         batch_size: int = 64,
@@ -105,7 +108,7 @@ class CodeData(StreamData):
         """Empty before `setup`."""
 
     def prepare_data(self) -> None:
-        """Encode what is not encoded yet.
+        """Encode what is not encoded yet, on the CPU.
 
         Raises:
             FileNotFoundError: if pictures, image tokenizer or text tokenizer are not there.
@@ -114,7 +117,14 @@ class CodeData(StreamData):
         self._read_text_tokenizer()  # before hours of encoding
         for split, spec in self.specs.items():
             if not _is_cache(spec):
-                encode_source(self._job(split, spec))
+                job = self._job(split, spec)
+                if not (job.directory / HEADER).is_file():
+                    logger.info(
+                        "encoding %s on the CPU, in one process: tools/encode.py is quicker, with "
+                        "--device cuda or --num-processes; then name its cache",
+                        job.source.name,
+                    )
+                encode_source(job)
 
     def _job(self, split: Split, spec: str | list[str]) -> EncodingJob:
         size = load_image_tokenizer(self.image_tokenizer).convnet.image_size
@@ -181,6 +191,8 @@ class CodeData(StreamData):
             self._check(cache)
         if "val" in caches:
             _check_pair(caches["train"].plan, caches["val"].plan)
+            if self.condition == "class":
+                _check_classes(caches["train"], caches["val"])
         self.caches = caches
 
     def _check(self, cache: CodeCache) -> None:
@@ -307,4 +319,16 @@ def _check_pair(train: CachePlan, val: CachePlan) -> None:
         raise ValueError(
             "labels are numbers in the order of the classes, so train and val must have the same, got "
             f"{', '.join(names[:5])} in one of them only"
+        )
+
+
+def _check_classes(train: CodeCache, val: CodeCache) -> None:
+    """The model has the classes of training alone."""
+    expected, got = train.header.num_classes, val.header.num_classes
+    if got > expected:
+        names = ", ".join(val.plan.classes[expected : expected + 5])
+        raise ValueError(
+            f"train has {expected} classes, so val may have {expected} at most, got {got}"
+            f"{f' ({names} in val only)' if names else ''}: leave their pictures out of val, or encode train "
+            "again with these classes (an empty folder makes one)"
         )

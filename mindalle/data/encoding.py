@@ -48,6 +48,7 @@ def encode_source(job: EncodingJob, *, num_processes: int = 1) -> CacheHeader:
         ValueError: if the tokenizer does not fit, or no picture can be read.
         CheckpointError: if the cache or the tokenizer is damaged.
         ChildProcessError: if a process dies.
+        ConnectionError: if shards were out of reach; what is encoded is kept.
     """
     job.directory.mkdir(parents=True, exist_ok=True)
     with exclusive(job.directory / ".lock"):
@@ -84,9 +85,17 @@ def _plan(job: EncodingJob, tokenizer: QuantizedAutoencoder, tokenizer_hash: str
 
 def _finish(job: EncodingJob, plan: CachePlan) -> CacheHeader:
     """Count what was written and write the header."""
+    parts = range(plan.num_parts)
+    num_missing = sum(not part_path(job.directory, number).is_file() for number in parts)
+    if num_missing:
+        raise ConnectionError(
+            f"{num_missing} of {plan.num_parts} shards of {job.source.name} could not be read to the end, "
+            f"the .unreadable files in {job.directory} say why: encode again to go on with them; without "
+            "those that are gone for good, in another directory"
+        )
     count = num_unreadable = num_without_captions = num_without_label = 0
     num_classes = len(plan.classes)
-    for number in range(plan.num_parts):
+    for number in parts:
         for picture in _lines(part_path(job.directory, number, ".jsonl")):
             count += 1
             num_without_captions += not picture["captions"]

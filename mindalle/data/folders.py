@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import random
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,12 +82,9 @@ class Folder:
             return Unreadable(key, "its captions cannot be read: expected UTF-8 text")
         return decode(key, self._root / picture.file, picture.captions, picture.label)
 
-    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+    def read(self, part: int) -> Iterator[Sample | Unreadable]:
         """The samples of a part; see `Source.read`."""
-        indices = list(range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(self))))
-        if order is not None:
-            order.shuffle(indices)
-        return map(self.__getitem__, indices)
+        return map(self.__getitem__, range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(self))))
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         """The captions of each listed picture."""
@@ -240,7 +236,7 @@ def _read_captions(caption_file: Path) -> dict[str, tuple[str, ...]]:
         for row in _json_rows(lines) if suffix == ".jsonl" else _table_rows(lines, is_tsv=suffix == ".tsv"):
             file = _relative(_field(row, FILE_FIELDS))
             captions[file] = captions.get(file, ()) + clean_captions(_field(row, CAPTION_FIELDS))
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{caption_file}:{lines.number}: {error}") from error
     return captions
 
@@ -257,15 +253,28 @@ def _json_rows(lines: Iterable[str]) -> Iterator[Mapping[str, object]]:
 
 
 def _table_rows(lines: Iterable[str], *, is_tsv: bool) -> Iterator[Mapping[str, object]]:
-    """The rows of a table, by the names in its header."""
-    reader = csv.DictReader(lines, delimiter="\t" if is_tsv else ",")
-    for row in reader:
-        if None in row or None in row.values():  # what DictReader makes of too many columns and too few
-            raise ValueError(
-                f"expected {len(reader.fieldnames or ())} columns as in the header, "
-                f"got {'more' if None in row else 'fewer'}: is a comma or line break in a caption not quoted?"
-            )
-        yield row
+    """The rows of a table, by the names in its header; in TSV a quote is a character like any other."""
+    if is_tsv:
+        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.DictReader(lines, strict=True)
+    first = 1  # line of the header, then of each row
+    try:
+        num_columns = len(reader.fieldnames or ())
+        first = reader.line_num + 1
+        for row in reader:
+            if None in row or None in row.values():  # what DictReader makes of too many columns and too few
+                hint = "a tab or line break in a caption" if is_tsv else "a comma or line break not quoted"
+                raise ValueError(
+                    f"expected {num_columns} columns as in the header, "
+                    f"got {'more' if None in row else 'fewer'}: is there {hint}?"
+                )
+            yield row
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{error}, in the row that begins at line {first}: is a quote not closed or not doubled?"
+        ) from error
 
 
 def _field(row: Mapping[str, object], names: Sequence[str]) -> object:

@@ -67,11 +67,13 @@ class PartEncoder:
     def encode(self, number: int) -> None:
         """Write a part, its codes last: a part with codes is whole.
 
+        One that was out of reach gets no codes, so that it is encoded when the encoding is begun again.
+
         Args:
             number: of the part.
         """
         pictures: list[dict[str, Any]] = []
-        unreadable: list[dict[str, Any]] = []
+        unreadable: list[Unreadable] = []
         codes, latents = ([batch] for batch in self._nothing())
         crops = self._crops(number, pictures, unreadable)
         while batch := list(islice(crops, self.job.batch_size)):
@@ -79,23 +81,26 @@ class PartEncoder:
             codes.append(batch_codes)
             if self.job.has_latents:
                 latents.append(batch_latents)
-        self._write_lines(number, ".jsonl", pictures)
         if unreadable:
-            self._write_lines(number, ".unreadable", unreadable)
+            lines = ({"key": sample.key, "reason": sample.reason} for sample in unreadable)
+            self._write_lines(number, ".unreadable", lines)
         else:  # there may be some of another time
             part_path(self.job.directory, number, ".unreadable").unlink(missing_ok=True)
+        if any(sample.is_out_of_reach for sample in unreadable):
+            return
+        self._write_lines(number, ".jsonl", pictures)
         if self.job.has_latents:
             self._write_array(number, ".latents.npy", latents)
         self._write_array(number, ".npy", codes)
 
     def _crops(
-        self, number: int, pictures: list[dict[str, Any]], unreadable: list[dict[str, Any]]
+        self, number: int, pictures: list[dict[str, Any]], unreadable: list[Unreadable]
     ) -> Iterator[Tensor]:
         """The crops (3, H, W) of all pictures of a part, which are noted on the way."""
         job = self.job
         for sample in job.source.read(number):
             if isinstance(sample, Unreadable):
-                unreadable.append({"key": sample.key, "reason": sample.reason})
+                unreadable.append(sample)
             else:
                 pictures.append({"key": sample.key, "captions": sample.captions, "label": sample.label})
                 yield transform(sample.image, job.transform, None)

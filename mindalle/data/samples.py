@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from mindalle.image import on_white
+from mindalle.image import decode_image
 
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 """Of files that are taken for pictures, in any case of letters."""
-
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What Pillow may take them for: it also knows formats that are programs, such as EPS, and would run them."""
-
-MAX_ASPECT = 100
-"""Longer side / shorter side: resized by its shorter side, a line of pixels would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,7 @@ class Unreadable:
 
     key: str  # as of a sample
     reason: str  # one line
+    is_out_of_reach: bool = False  # a shard, the rest of which may come when it is read again
 
 
 class Source(Protocol):
@@ -63,17 +56,20 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of what is listed: it changes when a picture or caption comes, goes or changes."""
+        """SHA-256, in hex, of what is listed: of names, sizes, captions and labels, not of pixels.
+
+        The same on every machine, so no time of a file in a folder counts: there, a picture that is made
+        anew with exactly as many bytes goes unnoticed.
+        """
 
     def __len__(self) -> int:
         """Samples as listed; unreadable ones count."""
 
-    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+    def read(self, part: int) -> Iterator[Sample | Unreadable]:
         """The samples of a part, read and decoded one by one.
 
         Args:
             part: in [0, num_parts).
-            order: shuffles them; None = as listed.
         """
 
     def captions(self) -> Iterator[tuple[str, ...]]:
@@ -119,7 +115,7 @@ def open_source(spec: str | Sequence[str]) -> Source:
 def decode(
     key: str, file: Path | BytesIO, captions: tuple[str, ...], label: int | None
 ) -> Sample | Unreadable:
-    """Decode a picture file, whatever it really holds.
+    """Decode a picture file that belongs to a sample.
 
     Args:
         key: of the sample.
@@ -131,21 +127,11 @@ def decode(
         The sample, or why there is none.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow's, about large pictures (it refuses huge ones) and odd tags
-            with Image.open(file, formats=PICTURE_FORMATS) as image:
-                if max(image.size) > MAX_ASPECT * min(image.size):
-                    width, height = image.size
-                    return Unreadable(key, f"{width} x {height} pixels is no picture but a line")
-                return Sample(key, on_white(image), captions, label)
+        return Sample(key, decode_image(file), captions, label)
     except FileNotFoundError:
         return Unreadable(key, "there is no such file")
-    except UnidentifiedImageError:
-        return Unreadable(key, "not a picture of a known format: expected PNG, JPEG, WebP, ...")
-    except Exception as error:  # a damaged file fails in any of a dozen ways
-        return Unreadable(key, " ".join(f"not a readable picture: {error}".split()))
+    except ValueError as error:
+        return Unreadable(key, str(error))
 
 
 def clean_captions(captions: object) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 REMOTE = ("http://", "https://", "s3://", "gs://", "pipe:")
+CUT_OFF = (OSError, EOFError, tarfile.TarError)  # what reading from an address fails with when it is cut off
+CHUNK = 1 << 16
 MAX_SHARDS = 1_000_000  # more are a typing error in a brace pattern
 
 SHUFFLE_BUFFER = 2000  # samples held in memory, as compressed bytes
@@ -97,13 +99,15 @@ class Shards:
                 digest.update(repr(sorted(described.items())).encode(errors="backslashreplace"))
         return _Index(count, num_classes, digest.hexdigest())
 
-    def read(self, part: int, *, order: random.Random | None = None) -> Iterator[Sample | Unreadable]:
+    def read(self, part: int) -> Iterator[Sample | Unreadable]:
         """The samples of a shard; see `Source.read`."""
-        samples = self.raw(part)
-        return map(self.decode, samples if order is None else shuffled(samples, order))
+        return map(self.decode, self.raw(part))
 
     def raw(self, part: int) -> Iterator[RawSample | Unreadable]:
-        """The samples of a shard, not decoded; where the shard itself is damaged, an Unreadable says so.
+        """The samples of a shard, not decoded; where the shard itself ends too soon, an Unreadable says so.
+
+        It is out of reach if it is not local, since a lost connection looks like a damaged file, or if the
+        system could not read it; a local one that is damaged stays so, and what is readable is all there is.
 
         Args:
             part: index of the shard.
@@ -116,12 +120,24 @@ class Shards:
 
         url = self.urls[part]
         address = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
-        for sample in wds.DataPipeline(wds.SimpleShardList([address]), wds.tarfile_to_samples(handler=note)):
-            yield {**sample, "__url__": url}
+        try:
+            stream = wds.gopen(address)
+            files = wds.tariterators.tar_file_expander([{"url": url, "stream": stream}], handler=note)
+            yield from wds.tariterators.group_by_keys(files, handler=note)
+            # a connection lost between two files looks like the end of the shard: only the command that reads
+            # an address knows, and it tells when it has ended
+            while stream.read(CHUNK):
+                pass
+            stream.close()
+        except Exception as error:  # of commands, schemes, the system
+            errors.append(error)
+        is_local = not url.startswith(REMOTE)
+        lost = [error for error in errors if isinstance(error, OSError if is_local else CUT_OFF)]
         # of an error's arguments some are WebDataset's: the stream and the name of the shard
-        for error in errors[:1]:
-            reason = ": ".join(part for part in error.args if isinstance(part, str)) or repr(error)
-            yield Unreadable(_shard_name(url), f"the shard is damaged or out of reach: {reason}")
+        for first in (lost or errors)[:1]:
+            reason = ": ".join(part for part in first.args if isinstance(part, str)) or repr(first)
+            reason = f"the shard is damaged or out of reach: {reason}"
+            yield Unreadable(_shard_name(url), reason, is_out_of_reach=bool(lost))
 
     def decode(self, raw: RawSample | Unreadable) -> Sample | Unreadable:
         """A sample of what `raw` gives."""

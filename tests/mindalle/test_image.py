@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mindalle.image import contact_sheet, fit, on_white, open_image, psnr, to_pil, to_tensor
 
@@ -227,8 +227,31 @@ class TestOpenImage:
     @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n"])
     def test_no_image(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "file.png").write_bytes(content)
-        with pytest.raises(ValueError, match=r"file.png is not an? (image of a known format|readable image)"):
+        with pytest.raises(
+            ValueError, match=r"file.png is not a (picture of a known format|readable picture)"
+        ):
             open_image(tmp_path / "file.png")
+
+    def test_programs_are_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An EPS picture by the name of a PNG was given to Ghostscript."""
+        monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
+        program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+        (tmp_path / "file.png").write_bytes(program)
+        with pytest.raises(ValueError, match=r"file.png is not a picture of a known format: expected PNG,"):
+            open_image(tmp_path / "file.png")
+
+    @pytest.mark.parametrize(
+        ("width", "height", "is_line"), [(65000, 1, True), (1, 101, True), (2, 200, False)]
+    )
+    def test_lines_are_refused(self, tmp_path: Path, width: int, height: int, is_line: bool) -> None:
+        """Resized by its shorter side to 256 pixels, the longest would be 16,640,000 pixels wide."""
+        Image.new("1", (width, height)).save(tmp_path / "line.png")
+        if is_line:
+            message = f"line.png is no picture but a line: {width} x {height} pixels"
+            with pytest.raises(ValueError, match=message):
+                open_image(tmp_path / "line.png")
+        else:
+            assert open_image(tmp_path / "line.png").size == (width, height)
 
     @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".tif"])
     @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -237,7 +260,7 @@ class TestOpenImage:
         noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-        with pytest.raises(ValueError, match=rf"cut{suffix} is not an? "):
+        with pytest.raises(ValueError, match=rf"cut{suffix} is not a "):
             open_image(path)
 
     def test_decompression_bomb(

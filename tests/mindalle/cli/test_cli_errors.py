@@ -173,17 +173,21 @@ def broken_images(folder: Path) -> dict[str, Path]:
     bomb[16:24] = (60000).to_bytes(4, "big") * 2  # width and height
     bomb[29:33] = zipfile.crc32(bomb[12:29]).to_bytes(4, "big")  # type: ignore[attr-defined]
     (folder / "bomb.png").write_bytes(bomb)
+    Image.new("1", (1, 65000)).save(folder / "line.png")
+    (folder / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     return {path.stem: path for path in folder.glob("*.png")}
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("cut", "cut.png is not a readable image"),
-        ("text", "text.png is not an image of a known format: expected PNG, JPEG"),
-        ("empty", "empty.png is not an image of a known format"),
+        ("cut", "cut.png is not a readable picture: "),
+        ("text", "text.png is not a picture of a known format: expected PNG, JPEG"),
+        ("empty", "empty.png is not a picture of a known format"),
         ("flipped", "flipped.png is not"),
         ("bomb", "bomb.png is refused: Image size (3600000000 pixels) exceeds limit"),
+        ("line", "line.png is no picture but a line: 1 x 65000 pixels"),
+        ("program", "program.png is not a picture of a known format"),
         ("missing", "no image at"),
     ],
 )

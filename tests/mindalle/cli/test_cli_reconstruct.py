@@ -126,6 +126,32 @@ def test_a_large_folder_gives_all_measures_and_a_sheet_of_the_first(
     assert open_image(tmp_path / "reconstruction.png").size[1] == 3 * (64 + 4) + 4
 
 
+def test_unreadable_pictures_of_a_folder_are_skipped(
+    mindalle: Command, checkpoints: Path, photos: Path, photo: Path, tmp_path: Path
+) -> None:
+    """One damaged file ended a run over thousands; what is named must still be readable."""
+    (photos / "1.JPG").write_bytes(b"no picture")
+    (photos / "5.png").symlink_to("nowhere")
+    model = ("--model", checkpoints / "taming", "--out", tmp_path)
+    result = mindalle("reconstruct", photos, photo, *model, "--batch-size", 2)
+    assert result.code == 0
+    measured = [line.split("  ")[0] for line in result.out if " dB" in line and "over" not in line]
+    assert measured == [str(photos / name) for name in ("0.png", "2.png", "3.JPG", "4.png")] + [str(photo)]
+    assert any("over 5 pictures" in line for line in result.out)
+    assert f"skipped: {photos / '1.JPG'} is not a picture of a known format" in result.err[0]
+    assert result.err[1:] == [
+        f"skipped: no image at {photos / '5.png'}",
+        "2 of 7 pictures could not be read and were skipped",
+    ]
+    named = mindalle("reconstruct", photos, photos / "1.JPG", *model)
+    assert (named.code, len(named.err)) == (1, 1)
+    for file in photos.iterdir():
+        file.write_bytes(b"no picture") if file.name != "5.png" else file.unlink()
+    nothing = mindalle("reconstruct", photos, *model)
+    assert nothing.code == 1
+    assert "none of the 5 pictures can be read" in nothing.err[-1]
+
+
 @pytest.mark.parametrize(
     ("code", "argv", "words"),
     [
@@ -161,4 +187,4 @@ def test_a_folder_without_pictures(mindalle: Command, checkpoints: Path, tmp_pat
     (tmp_path / "empty").mkdir()
     result = mindalle("reconstruct", tmp_path / "empty", "--model", checkpoints / "taming")
     assert (result.code, len(result.err)) == (1, 1)
-    assert "empty holds no pictures (of .png, .jpg" in result.err[0]
+    assert "empty holds no pictures (of png, jpg" in result.err[0]

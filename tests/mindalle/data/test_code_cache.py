@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -160,10 +161,18 @@ class TestRoundTrip:
             codes.append(torch.stack([read(mine).codes(index, crop) for crop in range(4)]))
         assert torch.equal(*codes)
 
-    def test_mapped_and_reopened_in_other_processes(self, job: EncodingJob) -> None:
+    def test_no_file_stays_open(self, job: EncodingJob) -> None:
+        """Two or three did of each part: of 130,000 pictures more than a process may have open."""
+        encode_source(replace(job, has_latents=True))
+        before = os.listdir("/dev/fd")
+        cache = read(job)
+        for i in range(len(cache)):
+            cache.picture(i), cache.codes(i, 0), cache.latents(i, 0)
+        assert os.listdir("/dev/fd") == before
+
+    def test_reopened_in_other_processes(self, job: EncodingJob) -> None:
         encode_source(job)
         cache = read(job)
-        assert all(isinstance(part.codes, np.memmap) for part in cache.parts)
         copy = pickle.loads(pickle.dumps(cache))
         assert len(pickle.dumps(cache)) < 1000
         assert torch.equal(copy.codes(6, 0), cache.codes(6, 0))
@@ -233,17 +242,66 @@ class TestUnreadable:
             read(job)
 
 
+class TestOutOfReach:
+    """The rest of a shard was lost for good when its connection was, and the part counted as whole."""
+
+    @pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+    def test_encoded_another_time(
+        self, job: EncodingJob, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_processes: int
+    ) -> None:
+        whole = [Path(url).read_bytes() for url in job.source.urls]  # type: ignore[attr-defined]
+        shards = [tmp_path / f"remote-{i}.tar" for i in range(3)]
+        job = replace(job, source=open_source([f"pipe:cat {shard}" for shard in shards]))
+        shards[0].write_bytes(whole[0][:2600])  # inside the second picture
+        shards[1].write_bytes(whole[1])
+        with pytest.raises(
+            ConnectionError, match=r"2 of 3 shards of pipe:.* could not be read .*: encode again to go on"
+        ):
+            encode_source(job, num_processes=num_processes)
+        assert f"skipped pipe:cat {shards[0]}: the shard is damaged or out of reach" in caplog.text
+        assert f"skipped pipe:cat {shards[2]}: the shard is damaged or out of reach" in caplog.text
+        assert [path.name for path in job.directory.glob("*.npy")] == ["part-00001.npy"]
+        assert not (job.directory / "header.json").exists()
+
+        for shard, content in zip(shards, whole, strict=True):
+            shard.write_bytes(content)
+        header = encode_source(job, num_processes=num_processes)
+        assert (header.count, header.num_unreadable, len(read(job))) == (7, 0, 7)
+        assert not list(job.directory.glob("*.unreadable"))
+
+    def test_a_local_shard_that_is_cut(self, job: EncodingJob, caplog: pytest.LogCaptureFixture) -> None:
+        """It would be no longer another time: what is readable is encoded, the rest is named."""
+        first = job.source.urls[0]  # type: ignore[attr-defined]
+        os.truncate(first, 2600)
+        job = replace(job, source=open_source(list(job.source.urls)))  # type: ignore[attr-defined]
+        header = encode_source(job)
+        assert (header.count, header.num_unreadable) == (5, 1)
+        assert "skipped a.tar: the shard is damaged or out of reach: unexpected end of data" in caplog.text
+
+    def test_a_local_shard_that_is_gone(self, job: EncodingJob) -> None:
+        """As those of a network drive are for a while."""
+        first = Path(job.source.urls[0])  # type: ignore[attr-defined]
+        assert job.source.fingerprint  # listed while it was there
+        first.rename(first.with_suffix(".away"))
+        with pytest.raises(ConnectionError, match=r"1 of 3 shards of .*a.tar and 2 more could not be"):
+            encode_source(job)
+        first.with_suffix(".away").rename(first)
+        assert encode_source(job).count == 7
+
+
 class TestGoingOn:
     def test_only_missing_parts_are_encoded(self, job: EncodingJob) -> None:
         header = encode_source(job)
         before = contents(job.directory)
         for name in ("header.json", "part-00001.npy"):
             (job.directory / name).unlink()
-        (job.directory / ".part-00001-x.npy").write_bytes(b"half")  # of a process that was killed
+        (job.directory / ".part-00001-0123456789abcdef.npy").write_bytes(
+            b"half"
+        )  # of a process that was killed
         times = {path.name: path.stat().st_mtime_ns for path in job.directory.glob("part-*.npy")}
         assert encode_source(job) == header
         assert contents(job.directory) == before
-        assert not (job.directory / ".part-00001-x.npy").exists()
+        assert not (job.directory / ".part-00001-0123456789abcdef.npy").exists()
         assert {name: (job.directory / name).stat().st_mtime_ns for name in times} == times
         assert len(times) == 2
 
@@ -509,6 +567,32 @@ class TestRefusal:
         cache.codes(0, 0), cache.picture(0)
         with pytest.raises(CheckpointError, match=message):
             cache.codes(6, 0), cache.picture(6)
+
+    @pytest.mark.parametrize("name", ["codes", "latents", "picture"])
+    def test_files_cut_while_in_use(self, job: EncodingJob, name: str) -> None:
+        encode_source(replace(job, has_latents=True))
+        cache = read(job)
+        file = {
+            "codes": "part-00002.npy",
+            "latents": "part-00002.latents.npy",
+            "picture": "part-00002.jsonl",
+        }[name]
+        os.truncate(job.directory / file, 140)
+        with pytest.raises(CheckpointError, match=f"part-00002 is damaged: {file} was cut while in use"):
+            cache.picture(6) if name == "picture" else getattr(cache, name)(6, 0)
+
+    @pytest.mark.parametrize("place", ["numpy.load", "numpy.fromfile", "pathlib.Path.read_text"])
+    def test_what_is_no_damage(self, job: EncodingJob, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+        """With too many files open, good parts were called damaged, to be removed and encoded again."""
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        encode_source(job)
+        tokenizer_hash = hash_of(job)
+        monkeypatch.setattr(place, refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            CodeCache(job.directory, tokenizer_hash=tokenizer_hash)
 
     def test_latents(self, job: EncodingJob) -> None:
         encode_source(replace(job, has_latents=True))

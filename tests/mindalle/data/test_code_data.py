@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentParser
-from shard_files import draw_picture, write_pictures, write_shard
+from shard_files import draw_picture, encode_picture, write_pictures, write_shard, write_tar
 
 from checkpoint_io import CheckpointError
 from mindalle.checkpoint import save_checkpoint
@@ -81,13 +81,19 @@ def assert_same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
 
 
 class TestPreparing:
-    def test_once(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+    def test_once(self, arguments: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """How to be quicker is said while there is something to encode."""
+        caplog.set_level(logging.INFO, "mindalle")
         ready(arguments)
+        assert "train.tar on the CPU, in one process: tools/encode.py is quicker" in caplog.text
+        assert "val.tar on the CPU" in caplog.text
+        caplog.clear()
         files = [path for path in (tmp_path / "codes").rglob("*") if path.suffix]
         assert {path.parent.name for path in files} == {"train", "val"}
         before = {path: path.stat().st_mtime_ns for path in files}
         ready(arguments)
         assert {path: path.stat().st_mtime_ns for path in files} == before
+        assert "on the CPU" not in caplog.text
 
     def test_crops_of_training_only(self, arguments: dict[str, Any]) -> None:
         data = ready(arguments, num_crops=3, transform=RANDOM)
@@ -326,6 +332,32 @@ class TestErrors:
             ValueError, match="train and val must have the same, got bee, cat in one of them only"
         ):
             ready(arguments, **folders, condition="class")
+
+    def test_classes_of_validation_alone(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+        """A model of two classes took label 2 for its null class, and validated on it without a word."""
+        write_pictures(tmp_path / "train", ["ant/0.png", "bee/0.png"])
+        write_pictures(tmp_path / "val", ["ant/0.png", "bee/0.png", "cat/0.png"])
+        folders = {split: str(tmp_path / split) for split in ("train", "val")}
+        message = r"train has 2 classes, so val may have 2 at most, got 3 \(cat in val only\): leave their"
+        with pytest.raises(ValueError, match=message):
+            ready(arguments, **folders, condition="class")
+        assert ready(arguments, **folders, condition="none").num_classes is None
+        swapped = {"train": folders["val"], "val": folders["train"], "cache_dir": str(tmp_path / "swapped")}
+        assert ready(arguments, **swapped, condition="class").num_classes == 3
+
+    def test_labels_of_validation_alone(self, arguments: dict[str, Any], tmp_path: Path) -> None:
+        """Shards on the network have labels without names."""
+        picture = encode_picture(draw_picture(0)[0])
+        specs = {}
+        for split, labels in {"train": "01", "val": "04"}.items():
+            files = {
+                f"{i}.{kind}": content
+                for i in labels
+                for kind, content in (("png", picture), ("cls", i.encode()))
+            }
+            specs[split] = f"pipe:cat {write_tar(tmp_path / f'{split}.tar', files)}"
+        with pytest.raises(ValueError, match="train has 2 classes, so val may have 2 at most, got 5: leave"):
+            ready(arguments, **specs, condition="class")
 
     def test_soft_targets_of_one_code_per_position(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r"soft targets are for residual codes \(RQ-VAE\)"):

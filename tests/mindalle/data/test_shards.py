@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import random
+import os
 import shlex
+import tarfile
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -137,12 +139,6 @@ class TestSamples:
         assert (first.label, second.label) == (2, 0)
         assert third == Unreadable("0.tar/2", "it has no label (cls), unlike the first picture of the shards")
 
-    def test_shuffled_part(self, tmp_path: Path) -> None:
-        source = open_source(str(write_shard(tmp_path / "0.tar", range(30))))
-        orders = [[sample.key for sample in source.read(0, order=random.Random(seed))] for seed in (1, 1, 2)]
-        assert orders[0] == orders[1] != orders[2]
-        assert sorted(orders[0]) == sorted(orders[2]) == [f"0.tar/{i:04d}" for i in range(30)]
-
 
 class TestDamagedShards:
     @pytest.mark.parametrize("damage", ["truncated", "no tar", "empty", "missing"])
@@ -193,6 +189,38 @@ class TestRemoteShards:
         assert isinstance(first, Unreadable)
         assert first.reason.startswith("the shard is damaged or out of reach: ")
         assert [sample.key for sample in others] == ["1.tar/0002", "1.tar/0003"]
+
+    def test_out_of_reach(self, address: str, tmp_path: Path) -> None:
+        """What may come another time, as the contents of a damaged local file never will."""
+        local = tmp_path / "0.tar"
+        remote = open_source([f"{address}/0.tar", f"{address}/2.tar"])
+        sources = (open_source(str(local)), remote)
+        os.truncate(local, 600)  # inside the first picture
+        found = [sample for source in sources for sample in read(source)]
+        assert [sample.key for sample in found] == ["0.tar", "0.tar", "2.tar"]
+        assert [sample.is_out_of_reach for sample in found if isinstance(sample, Unreadable)] == [
+            *(False, True, True)
+        ]
+
+    def test_cut_between_two_files(self, tmp_path: Path) -> None:
+        """To a tar reader that is the end; only the command knows that there was more, and says so later."""
+        shard = write_shard(tmp_path / "0.tar", [5, 6])
+        with tarfile.open(shard) as tar:
+            end = tar.getmember("0006.png").offset
+        sample, lost = read(open_source(f"pipe:head -c {end} {shard}; exec >&-; sleep 0.3; exit 18"))
+        assert sample.key.endswith("exit 18/0005")
+        assert isinstance(lost, Unreadable)
+        assert lost.is_out_of_reach
+
+    def test_duplicate_names_are_no_lost_connection(self, tmp_path: Path) -> None:
+        shard = tmp_path / "0.tar"
+        with tarfile.open(shard, "w") as tar:
+            for _ in range(2):
+                member = tarfile.TarInfo("0.png")
+                member.size = len(PICTURE)
+                tar.addfile(member, BytesIO(PICTURE))
+        lost = [sample for sample in read(open_source(f"pipe:cat {shard}")) if isinstance(sample, Unreadable)]
+        assert [sample.is_out_of_reach for sample in lost] == [False]
 
     def test_pipe(self, tmp_path: Path) -> None:
         shard = write_shard(tmp_path / "0.tar", [5])

@@ -129,14 +129,16 @@ class TestGoingOn:
             draw(job)
         assert "part-00000.jsonl" in contents(job.directory)
         assert "results.jsonl" not in contents(job.directory)
-        (job.directory / ".000003-0000-00ff.png").write_bytes(b"half")  # of a process that was killed
+        (job.directory / ".000003-0000-0123456789abcdef.png").write_bytes(
+            b"half"
+        )  # of a process that was killed
         before = {path: path.stat().st_mtime_ns for path in job.directory.glob("[0p]*0-*[gr]")}
         summary = draw(job)
         assert drawn == [0, 1, 1, 2]
         assert summary.count == 14
         assert {path: path.stat().st_mtime_ns for path in before} == before
         assert contents(job.directory) == contents(job.directory.with_name("whole"))
-        assert not (job.directory / ".000003-0000-00ff.png").exists()
+        assert not (job.directory / ".000003-0000-0123456789abcdef.png").exists()
 
     def test_a_finished_set_is_left_alone(self, job: SetJob, monkeypatch: pytest.MonkeyPatch) -> None:
         summary = draw(job)
