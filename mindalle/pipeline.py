@@ -212,7 +212,6 @@ class Pipeline:
         prompt: str | int | None = None,
         *,
         num_images: int = 1,
-        first_index: int = 0,
         params: SamplingParams | None = None,
         seed: int = 0,
         known: Tensor | None = None,
@@ -222,7 +221,6 @@ class Pipeline:
         Args:
             prompt: text, a class label, or None.
             num_images: pictures in the batch.
-            first_index: index of the first of them; see `seed`.
             params: how to sample; None = the checkpoint's defaults.
             seed: candidate i depends on the model, the prompt, `params`, this seed and i alone.
             known: (1, n) codes that every picture begins with.
@@ -230,7 +228,7 @@ class Pipeline:
         Yields:
             A preview after each code; its images are decoded only if asked for.
         """
-        seeds = image_seeds(seed, num_images, first_index)
+        seeds = image_seeds(seed, num_images)
         yield from self._stream(self.encode_condition(prompt), seeds, params, known)
 
     def _stream(
