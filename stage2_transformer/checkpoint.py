@@ -176,9 +176,11 @@ def model_config(section: Mapping[str, Any], *, where: str) -> GPTConfig | RQTra
         The config.
 
     Raises:
-        CheckpointError: if the type is unknown.
+        CheckpointError: if the section is empty or the type unknown.
         ValueError: if a field is unknown or out of range.
     """
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"{where} must be a mapping with a type, got {section!r}")
     fields = dict(section)
     kind = fields.pop("type", None)
     if kind not in STAGE2:
