@@ -43,8 +43,8 @@ class SamplingDefaults:
     num_candidates: int = 1  # drawn per image that is kept, when there is a CLIP to choose with; >= 1
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
+        if type(self.num_candidates) is not int or self.num_candidates < 1:
+            raise ValueError(f"num_candidates must be an integer of at least 1, got {self.num_candidates!r}")
 
 
 @dataclass(kw_only=True)
@@ -100,7 +100,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} is native and has no EMA weights beside its own: leave out --ema, use_ema"
         )
-    image_tokenizer = tokenizer_from_part(parts["image_tokenizer"])
+    image_tokenizer = tokenizer_from_part(parts["image_tokenizer"], use_ema=use_ema and "model" not in parts)
     checkpoint = Checkpoint(
         layout=part.layout, image_tokenizer=image_tokenizer, sampling=sampling_defaults(part)
     )

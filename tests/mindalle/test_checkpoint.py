@@ -29,7 +29,7 @@ from mindalle.checkpoint import (
 )
 from mindalle.pipeline import Pipeline
 from mindalle.text import TextTokenizer
-from stage1_vqgan import RQVAE, VQGAN
+from stage1_vqgan import RQVAE, VQGAN, load_tokenizer
 from stage2_transformer import (
     GPT,
     ConditionConfig,
@@ -236,9 +236,13 @@ class TestSamplingDefaults:
             ),
             ({"top_p": 2}, r"sampling section beside .*: top_p must be in \(0, 1\], got 2"),
             ({"temperature": "hot"}, "sampling section beside .*: must be real number"),
-            ({"top_k": [3, 0]}, r"top_k must be at least 1, got \(3, 0\)"),
-            ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
-            ({"num_candidates": "many"}, "sampling section beside .*: '<' not supported"),
+            ({"top_k": [3, 0]}, r"top_k must be an integer of at least 1, got \(3, 0\)"),
+            ({"top_k": 64.5}, "sampling section beside .*: top_k must be an integer of at least 1, got 64.5"),
+            ({"window": 2.5}, r"sampling section beside .*: window must be an integer .*, got 2.5"),
+            ({"num_candidates": 0}, "num_candidates must be an integer of at least 1, got 0"),
+            ({"num_candidates": 1.5}, "num_candidates must be an integer of at least 1, got 1.5"),
+            ({"num_candidates": True}, "num_candidates must be an integer of at least 1, got True"),
+            ({"num_candidates": "many"}, "num_candidates must be an integer of at least 1, got 'many'"),
             ([1, 2], r"sampling section beside .* must be a mapping, got \[1, 2\]"),
         ],
     )
@@ -275,6 +279,7 @@ class TestLoadErrors:
                 "unknown keys in model of .*: layers; known are",
             ),
             (lambda config: config["model"].update(type="vqgan"), "unknown type 'vqgan' in model of"),
+            (lambda config: config.update(model=None), "model of .* must be a mapping with a type, got None"),
             (
                 lambda config: config["image_tokenizer"].update(type="gpt"),
                 "unknown type 'gpt' in image_tokenizer",
@@ -326,7 +331,7 @@ class TestLoadErrors:
             load_checkpoint(native, use_ema=True)
 
     def test_sampling_defaults_out_of_range(self) -> None:
-        with pytest.raises(ValueError, match="num_candidates must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="num_candidates must be an integer of at least 1, got 0"):
             SamplingDefaults(num_candidates=0)
 
 
@@ -442,6 +447,21 @@ OFFICIAL: dict[str, Callable[[Path], Any]] = {
     "rq-vae, latents on a finer grid": lambda path: make_rq(path, code_shape=[2, 2, 3]),
     "taming": make_taming,
 }
+
+
+class TestAveragedWeights:
+    @pytest.mark.parametrize("use_ema", [False, True])
+    def test_a_tokenizer_that_is_alone(self, tmp_path: Path, use_ema: bool) -> None:
+        """`convert_checkpoint.py stage1/ OUT --ema` wrote the weights of the last step, without a word."""
+        make_rq(tmp_path)
+        loaded = load_checkpoint(tmp_path / "stage1", use_ema=use_ema)
+        assert_same(loaded, load_tokenizer(tmp_path / "stage1", use_ema=use_ema))
+
+    def test_a_tokenizer_with_a_model(self, tmp_path: Path) -> None:
+        """The tokenizer whose codes the model was trained on."""
+        make_rq(tmp_path)
+        loaded = load_checkpoint(tmp_path, use_ema=True)
+        assert_same(loaded, load_tokenizer(tmp_path), loaded.model)
 
 
 class TestConversion:
