@@ -55,7 +55,7 @@ def test_the_average_by_hand(tmp_path: Path) -> None:
 
 
 def test_averages_follow_the_weights_to_their_device() -> None:
-    """On a GPU they stayed in main memory, to which each step copied all weights; meta is the GPU of this test."""
+    """On a GPU they stayed in main memory, to which each step copied all weights. Here meta is the GPU."""
     averages, module = AveragedWeights(), training("vqgan")
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     averages.setup(trainer, module, "fit")
