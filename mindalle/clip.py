@@ -1,6 +1,6 @@
 """CLIP models: what one is, how it is built, and how it sees pictures and reads text.
 
-Legend: n pictures, C features, N ids of a prompt, V ids of the text tokenizer.
+Legend: n pictures, B prompts, C features, N ids of a prompt, V ids of the text tokenizer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ClipModel(Protocol):
         """Pixels (n, 3, H, W) -> (n, C)."""
 
     def encode_text(self, text: Tensor, /) -> Tensor:
-        """Ids (1, N) -> (1, C)."""
+        """Ids (B, N) -> (B, C)."""
 
 
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # picture -> pixels (3, H, W)

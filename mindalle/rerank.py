@@ -23,8 +23,8 @@ class ClipReranker:
     Args:
         model: in eval mode; device and dtype come from its parameters (if it has none: CPU, float32).
         preprocess: PIL image -> pixels (3, H, W).
-        tokenize: list of one prompt -> integer ids (1, N).
-        batch_size: pictures encoded at once, > 0.
+        tokenize: list of B prompts -> integer ids (B, N).
+        batch_size: pictures, or texts, encoded at once, > 0.
 
     Raises:
         ValueError: if `batch_size` is not positive.
