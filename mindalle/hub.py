@@ -212,7 +212,7 @@ def _fetch_archive(release: Release, directory: Path) -> Path:
     """Download and unpack a release, once, however many processes ask for it at the same time.
 
     The directory appears by one rename: if it exists it is complete. An archive already beside it, under
-    the name it has in the URL, is used instead of the network if its checksum is right.
+    the name it has in the URL, is used instead of the network if its checksum is right, and stays.
     """
     if directory.is_dir():  # before anything is written: a shared cache may be read-only
         return directory
@@ -225,10 +225,12 @@ def _fetch_archive(release: Release, directory: Path) -> Path:
         size = f"about {release.gigabytes} GB" if release.gigabytes else "some gigabytes"
         logger.info("%s is not in the cache, downloading it: %s, %s", directory.name, release.about, size)
         archive = directory.with_name(PurePosixPath(release.url).name)
+        was_there = archive.is_file()  # put there by the user, to whom it belongs
         download(release.url, archive, md5=release.md5, will_unpack=True)
         logger.info("unpacking %s", archive)
         extract(archive, directory)
-        archive.unlink()
+        if not was_there:
+            archive.unlink()
     return directory
 
 

@@ -257,7 +257,7 @@ def test_archive_put_in_the_cache_is_used(
     cached(tmp_path).mkdir(parents=True)
     (cached(tmp_path) / "1.3B.tar.gz").write_bytes(server.archive)
     assert resolve_model("minDALL-E/1.3B") == cached(tmp_path) / "1.3B"
-    assert visible(cached(tmp_path)) == ["1.3B"]
+    assert visible(cached(tmp_path)) == ["1.3B", "1.3B.tar.gz"]  # what the user brought is the user's
 
 
 def test_changed_release_is_refused(server: Server, tmp_path: Path) -> None:
