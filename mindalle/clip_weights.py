@@ -116,6 +116,14 @@ def _load_openai_file(path: Path) -> ClipParts:
     tensors = read_torchscript(path) if is_torchscript(path) else checkpoint_io.read_tensors(path)
     for name in NOT_WEIGHTS:
         tensors.pop(name, None)
+    others = [
+        name for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        raise CheckpointError(
+            f"{path} is no CLIP of OpenAI's format: expected nothing but tensors by name, found "
+            f"{', '.join(map(str, others[:5]))}: is it a training checkpoint? Save its state_dict alone"
+        )
     config = infer_config(tensors, source=str(path))
     if config.vocab_size != OPENAI_VOCAB_SIZE:
         raise CheckpointError(
@@ -141,13 +149,12 @@ def infer_config(tensors: Mapping[str, Tensor], *, source: str) -> ClipConfig:
     """
 
     def shape(name: str) -> torch.Size:
-        if not isinstance(tensor := tensors.get(name), Tensor):
+        if name not in tensors:
             found = ", ".join(list(tensors)[:5]) or "nothing"
             raise CheckpointError(
-                f"{source} is no CLIP of OpenAI's format: expected a tensor {name}, found {found}: "
-                "is it a training checkpoint? Save its state_dict alone"
+                f"{source} is no CLIP of OpenAI's format: expected a tensor {name}, found {found}"
             )
-        return tensor.shape
+        return tensors[name].shape
 
     def count_blocks(prefix: str) -> int:
         return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})
