@@ -130,7 +130,8 @@ def model_from_part(
     check_fit(config, code_shape, codebook, source=str(part.file))
     model = build_model(config, codebook)
     for name in WITH_LEADING_ONE & set(tensors):
-        tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
+        if tensors[name].ndim == 3:  # of others `load_strict` says what was expected
+            tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
     precision = choose_precision(precision, device, sum(weight.numel() for weight in model.parameters()))
     model.to(dtype=DTYPES.get(precision))
     take = Int8Loader(model).take if precision == "int8" else None
