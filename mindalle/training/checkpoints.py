@@ -30,6 +30,9 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.should_stop:
             self._save_last_step(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: it is too late, averages have replaced the weights; Lightning saves even in a dry run."""
+
     def _save_last_step(self, trainer: pl.Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
