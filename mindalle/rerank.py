@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mindalle.clip import ClipModel, Preprocess, Tokenize
+from mindalle.clip import ClipModel, Preprocess, Tokenize, unit
 from mindalle.clip_weights import load_clip
 
 
@@ -87,7 +86,7 @@ class ClipReranker:
             for start in range(0, len(images), self.batch_size):
                 batch = images[start : start + self.batch_size]
                 pixels = torch.stack([self.preprocess(image) for image in batch])  # (batch, 3, H, W)
-                features.append(_unit(self.model.encode_image(pixels.to(device, dtype))))
+                features.append(unit(self.model.encode_image(pixels.to(device, dtype))))
         return torch.cat(features).cpu()  # out of inference mode: a tensor like any other
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -106,7 +105,7 @@ class ClipReranker:
         with torch.inference_mode():
             for start in range(0, len(texts), self.batch_size):
                 ids = self.tokenize(list(texts[start : start + self.batch_size]))  # (batch, N)
-                features.append(_unit(self.model.encode_text(ids.to(device))))
+                features.append(unit(self.model.encode_text(ids.to(device))))
         return torch.cat(features).cpu()
 
 
@@ -116,7 +115,3 @@ def _placement(model: ClipModel) -> tuple[torch.device, torch.dtype]:
     for parameter in [p for p in parameters if p.ndim == 4] + parameters:
         return parameter.device, parameter.dtype
     return torch.device("cpu"), torch.float32
-
-
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)
