@@ -22,6 +22,7 @@ from checkpoint_io import (
     write_safetensors,
 )
 from mindalle.clip import NativeClip
+from mindalle.hub import resolve_text_tokenizer
 from mindalle.text import BPE16K_FILES, TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, tokenizer_from_part
@@ -70,7 +71,7 @@ def load_checkpoint(
 
     Args:
         path: a directory or `.ckpt` file of any known layout, see `checkpoint_io.find_parts`.
-        text_tokenizer: where the text tokenizer is, if not with the checkpoint.
+        text_tokenizer: what has it, if not the checkpoint, see `mindalle.hub.resolve_text_tokenizer`.
         use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
         precision: of the sequence model, see `stage2_transformer.choose_precision`; pictures are decoded in
             what fits it, see `stage1_vqgan.precision.pixel_dtype`, and the rest is in float32.
@@ -175,7 +176,7 @@ def _find_text_tokenizer(
     candidates = [root / "text_tokenizer.json", root / "tokenizer", root]
     # rq-vae-transformer's releases have none: minDALL-E's, beside them
     candidates += sorted(root.resolve().parent.glob("*/tokenizer"))
-    for candidate in [Path(given)] if given is not None else candidates:
+    for candidate in [resolve_text_tokenizer(given)] if given is not None else candidates:
         is_there = candidate.is_file() or all((candidate / name).is_file() for name in BPE16K_FILES)
         if not is_there and given is None:
             continue

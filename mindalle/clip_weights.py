@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -53,7 +54,7 @@ def load_clip(name_or_path: str | Path) -> ClipParts:
     """
     if (name := str(name_or_path)) in OPENAI_MODELS:
         model, preprocess, tokenize = _load_named(name)
-    elif (path := Path(name_or_path)).is_dir():
+    elif (path := Path(os.path.expanduser(name))).is_dir():
         native = load_native_clip(path)
         model, preprocess, tokenize = native.model, native.config.preprocess(), native.tokenize
     elif path.is_file():

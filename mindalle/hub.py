@@ -162,13 +162,22 @@ def resolve_text_tokenizer(name: str | Path) -> Path:
     """Find the text tokenizer a user means.
 
     Args:
-        name: a file, a directory with the originals' BPE-16k files, or the name of a bundled model.
+        name: a file, a directory with the originals' BPE-16k files, or a model that comes with one: a
+            bundled name, a release or a checkpoint's directory, native or of minDALL-E.
 
     Returns:
         The file or directory, which may not exist.
+
+    Raises:
+        ValueError: if the download of a release is corrupt or unsafe.
+        ConnectionError: if a release cannot be downloaded.
+        OSError: if the cache cannot be written or its disk is full.
     """
-    path = Path(name).expanduser()
-    return MODELS_DIRECTORY / name / "text_tokenizer.json" if name in bundled_models() else path
+    text = str(name)
+    is_model = text in RELEASES or text in bundled_models()
+    path = resolve_model(text) if is_model else Path(os.path.expanduser(text))
+    inside = (path / "text_tokenizer.json", path / "tokenizer")
+    return next((found for found in inside if os.path.exists(found)), path)
 
 
 def bundled_models() -> tuple[str, ...]:

@@ -520,6 +520,23 @@ class TestTextTokenizerOfOfficialCheckpoints:
         check_bpe16k(load_checkpoint(tmp_path / "alone" / "cc3m", text_tokenizer=bpe16k).text_tokenizer)
         assert not caplog.records
 
+    @pytest.mark.parametrize("name", ["minDALL-E/1.3B", "~/1.3B"])
+    def test_of_a_model(
+        self, tmp_path: Path, bpe16k: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """`--text-tokenizer minDALL-E/1.3B` was a path that does not exist."""
+        monkeypatch.setenv("MINDALLE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HOME", str(tmp_path / "cache" / "releases" / "minDALL-E"))
+        make_mindalle(tmp_path / "cache" / "releases" / "minDALL-E" / "1.3B", tokenizer=bpe16k)
+        make_rq(tmp_path / "alone" / "cc3m", "text", vocab_size_cond=16384)
+        check_bpe16k(load_checkpoint(tmp_path / "alone" / "cc3m", text_tokenizer=name).text_tokenizer)
+
+    def test_of_a_bundled_model(self, tmp_path: Path) -> None:
+        make_rq(tmp_path, "text", vocab_size_cond=4096)
+        loaded = load_checkpoint(tmp_path, text_tokenizer="emoji").text_tokenizer
+        assert loaded is not None
+        assert loaded.encode(["a red apple"]).shape == (1, 6)
+
     def test_beside_the_release(self, tmp_path: Path, bpe16k: Path, caplog: pytest.LogCaptureFixture) -> None:
         make_rq(tmp_path / "cc3m", "text", vocab_size_cond=16384)
         (tmp_path / "1.3B").mkdir()

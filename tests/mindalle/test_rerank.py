@@ -361,6 +361,10 @@ class TestNativeDirectory:
             "text_tokenizer.json",
         }
 
+    def test_in_the_home_directory(self, native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(native.parent))
+        ClipReranker.from_pretrained(f"~/{native.name}")
+
     def test_float16_storage_computes_in_float32(self, native: Path) -> None:
         model = NATIVE.build()
         write_safetensors(native / "clip.safetensors", model.state_dict(), dtype=torch.float16)
