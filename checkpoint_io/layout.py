@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from checkpoint_io.config import read_yaml
+from checkpoint_io.config import config_from_mapping, config_to_mapping, read_yaml
 from checkpoint_io.tensors import CheckpointError, read_tensors
 
 T = TypeVar("T")
@@ -30,22 +30,23 @@ class CheckpointPart:
         """Read the config with a function for its layout.
 
         Args:
-            translate: from the mapping in the YAML file to a typed config.
+            translate: from the mapping in the YAML file to a dataclass.
 
         Returns:
-            What `translate` returns.
+            What `translate` returns, its types checked as `config_from_mapping` does.
 
         Raises:
             CheckpointError: if a setting is missing, of another type or out of range.
         """
         try:
-            return translate(self.config)
+            config = translate(self.config)
+            return config_from_mapping(type(config), config_to_mapping(config), where=type(config).__name__)
         except KeyError as error:
             raise CheckpointError(
                 f"the config of {self.file} lacks the setting {error}: "
                 f"is it the config.yaml of a {self.layout} release?"
             ) from error
-        except (TypeError, AttributeError, IndexError, ValueError) as error:
+        except (TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"the config of {self.file} is not usable: {error}") from error
 
     def read(self, *, use_ema: bool = False) -> dict[str, Tensor]:

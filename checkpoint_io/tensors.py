@@ -215,7 +215,6 @@ def write_safetensors(
     tensors: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors to a safetensors file, atomically.
 
@@ -223,7 +222,6 @@ def write_safetensors(
         path: the file to write; an existing one is replaced only once the new one is whole.
         tensors: name -> tensor.
         dtype: stored type of floating-point tensors (None = as they are).
-        metadata: strings for the file's header.
     """
     from safetensors.torch import save_file
 
@@ -234,5 +232,5 @@ def write_safetensors(
     with atomic_path(path) as temporary:
         temporary.touch()  # with the mode of any new file; save_file's is private to its owner
         mode = temporary.stat().st_mode
-        save_file(stored, temporary, metadata=dict(metadata or {}))
+        save_file(stored, temporary)
         temporary.chmod(mode)

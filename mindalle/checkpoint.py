@@ -22,6 +22,7 @@ from checkpoint_io import (
     write_safetensors,
 )
 from mindalle.clip import NativeClip
+from mindalle.hub import resolve_text_tokenizer
 from mindalle.text import BPE16K_FILES, TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, tokenizer_from_part
@@ -43,8 +44,8 @@ class SamplingDefaults:
     num_candidates: int = 1  # drawn per image that is kept, when there is a CLIP to choose with; >= 1
 
     def __post_init__(self) -> None:
-        if self.num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {self.num_candidates}")
+        if type(self.num_candidates) is not int or self.num_candidates < 1:
+            raise ValueError(f"num_candidates must be an integer of at least 1, got {self.num_candidates!r}")
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ def load_checkpoint(
 
     Args:
         path: a directory or `.ckpt` file of any known layout, see `checkpoint_io.find_parts`.
-        text_tokenizer: where the text tokenizer is, if not with the checkpoint.
+        text_tokenizer: what has it, if not the checkpoint, see `mindalle.hub.resolve_text_tokenizer`.
         use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
         precision: of the sequence model, see `stage2_transformer.choose_precision`; pictures are decoded in
             what fits it, see `stage1_vqgan.precision.pixel_dtype`, and the rest is in float32.
@@ -100,7 +101,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} is native and has no EMA weights beside its own: leave out --ema, use_ema"
         )
-    image_tokenizer = tokenizer_from_part(parts["image_tokenizer"])
+    image_tokenizer = tokenizer_from_part(parts["image_tokenizer"], use_ema=use_ema and "model" not in parts)
     checkpoint = Checkpoint(
         layout=part.layout, image_tokenizer=image_tokenizer, sampling=sampling_defaults(part)
     )
@@ -175,7 +176,7 @@ def _find_text_tokenizer(
     candidates = [root / "text_tokenizer.json", root / "tokenizer", root]
     # rq-vae-transformer's releases have none: minDALL-E's, beside them
     candidates += sorted(root.resolve().parent.glob("*/tokenizer"))
-    for candidate in [Path(given)] if given is not None else candidates:
+    for candidate in [resolve_text_tokenizer(given)] if given is not None else candidates:
         is_there = candidate.is_file() or all((candidate / name).is_file() for name in BPE16K_FILES)
         if not is_there and given is None:
             continue

@@ -1,6 +1,6 @@
 """CLIP models: what one is, how it is built, and how it sees pictures and reads text.
 
-Legend: n pictures, C features, N ids of a prompt, V ids of the text tokenizer.
+Legend: n pictures, B prompts, C features, N ids of a prompt, V ids of the text tokenizer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class ClipModel(Protocol):
         """Pixels (n, 3, H, W) -> (n, C)."""
 
     def encode_text(self, text: Tensor, /) -> Tensor:
-        """Ids (1, N) -> (1, C)."""
+        """Ids (B, N) -> (B, C)."""
 
 
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]  # picture -> pixels (3, H, W)
@@ -97,9 +98,17 @@ class ClipConfig:
         width, height = (size * side // shorter for side in image.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        signed = to_tensor(resized.crop((left, top, left + size, top + size)))  # in [-1, 1]
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
-        return (signed * 0.5 + 0.5 - mean) / std
+        return self.normalise(to_tensor(resized.crop((left, top, left + size, top + size))))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (..., 3, H, W) in [-1, 1] -> pixels of the same shape, as the model reads them."""
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
+        return (images * 0.5 + 0.5 - mean) / std
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (n, C) of any float dtype -> unit vectors (n, C), float32: their products are similarities."""
+    return F.normalize(features.float(), dim=-1)
 
 
 class ClipTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -53,7 +54,7 @@ def load_clip(name_or_path: str | Path) -> ClipParts:
     """
     if (name := str(name_or_path)) in OPENAI_MODELS:
         model, preprocess, tokenize = _load_named(name)
-    elif (path := Path(name_or_path)).is_dir():
+    elif (path := Path(os.path.expanduser(name))).is_dir():
         native = load_native_clip(path)
         model, preprocess, tokenize = native.model, native.config.preprocess(), native.tokenize
     elif path.is_file():
@@ -116,6 +117,14 @@ def _load_openai_file(path: Path) -> ClipParts:
     tensors = read_torchscript(path) if is_torchscript(path) else checkpoint_io.read_tensors(path)
     for name in NOT_WEIGHTS:
         tensors.pop(name, None)
+    others = [
+        name for name, value in tensors.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        raise CheckpointError(
+            f"{path} is no CLIP of OpenAI's format: expected nothing but tensors by name, found "
+            f"{', '.join(map(str, others[:5]))}: is it a training checkpoint? Save its state_dict alone"
+        )
     config = infer_config(tensors, source=str(path))
     if config.vocab_size != OPENAI_VOCAB_SIZE:
         raise CheckpointError(
@@ -141,13 +150,12 @@ def infer_config(tensors: Mapping[str, Tensor], *, source: str) -> ClipConfig:
     """
 
     def shape(name: str) -> torch.Size:
-        if not isinstance(tensor := tensors.get(name), Tensor):
+        if name not in tensors:
             found = ", ".join(list(tensors)[:5]) or "nothing"
             raise CheckpointError(
-                f"{source} is no CLIP of OpenAI's format: expected a tensor {name}, found {found}: "
-                "is it a training checkpoint? Save its state_dict alone"
+                f"{source} is no CLIP of OpenAI's format: expected a tensor {name}, found {found}"
             )
-        return tensor.shape
+        return tensors[name].shape
 
     def count_blocks(prefix: str) -> int:
         return len({name[len(prefix) :].split(".")[0] for name in tensors if name.startswith(prefix)})

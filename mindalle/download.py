@@ -133,7 +133,7 @@ def _fetch(url: str, part: Path, *, copies: int) -> None:
         if response.status != HTTPStatus.PARTIAL_CONTENT:
             start = 0  # this server sends the whole file whatever is asked
         elif not re.match(rf"bytes {offset}-", response.headers.get("Content-Range", "")):
-            part.unlink()
+            part.unlink(missing_ok=True)  # a first request asks for no range
             raise ConnectionError("the server sent another range than asked for")
         length = response.headers.get("Content-Length")
         total = None if length is None else start + int(length)

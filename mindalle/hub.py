@@ -162,13 +162,22 @@ def resolve_text_tokenizer(name: str | Path) -> Path:
     """Find the text tokenizer a user means.
 
     Args:
-        name: a file, a directory with the originals' BPE-16k files, or the name of a bundled model.
+        name: a file, a directory with the originals' BPE-16k files, or a model that comes with one: a
+            bundled name, a release or a checkpoint's directory, native or of minDALL-E.
 
     Returns:
         The file or directory, which may not exist.
+
+    Raises:
+        ValueError: if the download of a release is corrupt or unsafe.
+        ConnectionError: if a release cannot be downloaded.
+        OSError: if the cache cannot be written or its disk is full.
     """
-    path = Path(name).expanduser()
-    return MODELS_DIRECTORY / name / "text_tokenizer.json" if name in bundled_models() else path
+    text = str(name)
+    is_model = text in RELEASES or text in bundled_models()
+    path = resolve_model(text) if is_model else Path(os.path.expanduser(text))
+    inside = (path / "text_tokenizer.json", path / "tokenizer")
+    return next((found for found in inside if os.path.exists(found)), path)
 
 
 def bundled_models() -> tuple[str, ...]:
@@ -212,7 +221,7 @@ def _fetch_archive(release: Release, directory: Path) -> Path:
     """Download and unpack a release, once, however many processes ask for it at the same time.
 
     The directory appears by one rename: if it exists it is complete. An archive already beside it, under
-    the name it has in the URL, is used instead of the network if its checksum is right.
+    the name it has in the URL, is used instead of the network if its checksum is right, and stays.
     """
     if directory.is_dir():  # before anything is written: a shared cache may be read-only
         return directory
@@ -225,10 +234,12 @@ def _fetch_archive(release: Release, directory: Path) -> Path:
         size = f"about {release.gigabytes} GB" if release.gigabytes else "some gigabytes"
         logger.info("%s is not in the cache, downloading it: %s, %s", directory.name, release.about, size)
         archive = directory.with_name(PurePosixPath(release.url).name)
+        was_there = archive.is_file()  # put there by the user, to whom it belongs
         download(release.url, archive, md5=release.md5, will_unpack=True)
         logger.info("unpacking %s", archive)
         extract(archive, directory)
-        archive.unlink()
+        if not was_there:
+            archive.unlink()
     return directory
 
 

@@ -84,7 +84,8 @@ class Pipeline:
                 that is quick, which moves pixels by about a third of one of 255 levels.
             clip: the CLIP to rerank with, see `ClipReranker.from_pretrained`; None = the checkpoint's own,
                 if any.
-            text_tokenizer: file or directory, where it is not with the checkpoint.
+            text_tokenizer: file, directory or model that has it, where it is not with the checkpoint, see
+                `mindalle.hub.resolve_text_tokenizer`.
             use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
             compile: decode through torch.compile, see `stage2_transformer.compiled`; for GPUs.
 
@@ -212,7 +213,6 @@ class Pipeline:
         prompt: str | int | None = None,
         *,
         num_images: int = 1,
-        first_index: int = 0,
         params: SamplingParams | None = None,
         seed: int = 0,
         known: Tensor | None = None,
@@ -222,7 +222,6 @@ class Pipeline:
         Args:
             prompt: text, a class label, or None.
             num_images: pictures in the batch.
-            first_index: index of the first of them; see `seed`.
             params: how to sample; None = the checkpoint's defaults.
             seed: candidate i depends on the model, the prompt, `params`, this seed and i alone.
             known: (1, n) codes that every picture begins with.
@@ -230,7 +229,7 @@ class Pipeline:
         Yields:
             A preview after each code; its images are decoded only if asked for.
         """
-        seeds = image_seeds(seed, num_images, first_index)
+        seeds = image_seeds(seed, num_images)
         yield from self._stream(self.encode_condition(prompt), seeds, params, known)
 
     def _stream(
@@ -294,8 +293,8 @@ class Pipeline:
         if isinstance(prompt, str) and self.text_tokenizer is None:
             raise ValueError(
                 "this checkpoint has no text tokenizer (rq-vae-transformer's releases ship none): pass "
-                "text_tokenizer, on the command line --text-tokenizer, with the directory of "
-                "bpe-16k-vocab.json and bpe-16k-merges.txt"
+                "text_tokenizer, on the command line --text-tokenizer: minDALL-E/1.3B, whose tokenizer is "
+                "theirs too, or the directory of bpe-16k-vocab.json and bpe-16k-merges.txt"
             )
         if isinstance(prompt, int) and not 0 <= prompt < condition.vocab_size:
             raise ValueError(f"class label must be in [0, {condition.vocab_size}), got {prompt}")

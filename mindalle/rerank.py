@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from checkpoint_io import tensors_hash
-from mindalle.clip import ClipModel, Preprocess, Tokenize
+from mindalle.clip import ClipModel, Preprocess, Tokenize, unit
 from mindalle.clip_weights import load_clip
 
 
@@ -25,8 +24,8 @@ class ClipReranker:
     Args:
         model: in eval mode; device and dtype come from its parameters (if it has none: CPU, float32).
         preprocess: PIL image -> pixels (3, H, W).
-        tokenize: list of one prompt -> integer ids (1, N).
-        batch_size: pictures encoded at once, > 0.
+        tokenize: list of B prompts -> integer ids (B, N).
+        batch_size: pictures, or texts, encoded at once, > 0.
 
     Raises:
         ValueError: if `batch_size` is not positive.
@@ -94,7 +93,7 @@ class ClipReranker:
             for start in range(0, len(images), self.batch_size):
                 batch = images[start : start + self.batch_size]
                 pixels = torch.stack([self.preprocess(image) for image in batch])  # (batch, 3, H, W)
-                features.append(_unit(self.model.encode_image(pixels.to(device, dtype))))
+                features.append(unit(self.model.encode_image(pixels.to(device, dtype))))
         return torch.cat(features).cpu()  # out of inference mode: a tensor like any other
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -113,7 +112,7 @@ class ClipReranker:
         with torch.inference_mode():
             for start in range(0, len(texts), self.batch_size):
                 ids = self.tokenize(list(texts[start : start + self.batch_size]))  # (batch, N)
-                features.append(_unit(self.model.encode_text(ids.to(device))))
+                features.append(unit(self.model.encode_text(ids.to(device))))
         return torch.cat(features).cpu()
 
 
@@ -123,7 +122,3 @@ def _placement(model: ClipModel) -> tuple[torch.device, torch.dtype]:
     for parameter in [p for p in parameters if p.ndim == 4] + parameters:
         return parameter.device, parameter.dtype
     return torch.device("cpu"), torch.float32
-
-
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)

@@ -282,10 +282,10 @@ def _untie_codebooks(
     first: Tensor | None = None
     for depth in range(config.depth):
         table = tensors.get(name.format(depth))
-        if table is None or len(table) != config.codebook_sizes[depth] + 1:
+        if table is None or table.shape[:1] != (config.codebook_sizes[depth] + 1,):
             raise CheckpointError(
                 f"{source}: {name.format(depth)} should have {config.codebook_sizes[depth]} rows and one of "
-                f"padding, got {'no such tensor' if table is None else len(table)}"
+                f"padding, got {'no such tensor' if table is None else f'shape {tuple(table.shape)}'}"
             )
         if config.is_shared and first is not None:
             if not torch.equal(table, first):

@@ -89,7 +89,8 @@ class TokenizerLoss(nn.Module):
         similarity = pixel
         (network,) = self._perceptual
         if network is not None and self.config.perceptual_weight > 0:
-            parts["perceptual"] = network.to(images.device)(images, reconstructions)
+            # of float32 weights, whatever the precision of the training
+            parts["perceptual"] = network.to(images.device)(images.float(), reconstructions.float())
             similarity = similarity + self.config.perceptual_weight * parts["perceptual"]
         total = similarity + quantized.commitment_loss + quantized.codebook_loss
         parts |= {"commitment": quantized.commitment_loss, "codebook": quantized.codebook_loss}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -64,8 +64,8 @@ class RQVAE(QuantizedAutoencoder):
 
     @property
     def downsampling(self) -> int:
-        """Pixels per code along each side (along the longer one where they differ)."""
-        return self.convnet.downsampling * max(self.config.patch)
+        """What the sides of an image are multiples of: pixels per code, where a patch is square."""
+        return self.convnet.downsampling * math.lcm(*self.config.patch)
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents before quantisation, on the code grid (B, C, h, w)."""
@@ -87,25 +87,3 @@ class RQVAE(QuantizedAutoencoder):
                 latents, "b (rows columns c) h w -> b c (h rows) (w columns)", rows=rows, columns=columns
             )
         )
-
-    def soft_codes(
-        self,
-        images: Tensor,
-        temperature: float,
-        *,
-        sample: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Distributions over the codes of images, see `ResidualQuantizer.soft_codes`.
-
-        Args:
-            images: (B, 3, H, W) in [-1, 1].
-            temperature: > 0.
-            sample: draw the codes instead of taking the nearest.
-            generator: randomness of the draws.
-
-        Returns:
-            probabilities (B, h, w, D, V) and codes int64 (B, h, w, D).
-        """
-        latents = self.encode_latents(images)
-        return self.quantizer.soft_codes(latents, temperature, sample=sample, generator=generator)

@@ -130,7 +130,8 @@ def model_from_part(
     check_fit(config, code_shape, codebook, source=str(part.file))
     model = build_model(config, codebook)
     for name in WITH_LEADING_ONE & set(tensors):
-        tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
+        if tensors[name].ndim == 3:  # of others `load_strict` says what was expected
+            tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
     precision = choose_precision(precision, device, sum(weight.numel() for weight in model.parameters()))
     model.to(dtype=DTYPES.get(precision))
     take = Int8Loader(model).take if precision == "int8" else None
@@ -176,9 +177,11 @@ def model_config(section: Mapping[str, Any], *, where: str) -> GPTConfig | RQTra
         The config.
 
     Raises:
-        CheckpointError: if the type is unknown.
+        CheckpointError: if the section is empty or the type unknown.
         ValueError: if a field is unknown or out of range.
     """
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"{where} must be a mapping with a type, got {section!r}")
     fields = dict(section)
     kind = fields.pop("type", None)
     if kind not in STAGE2:

@@ -57,8 +57,8 @@ class SequenceModel(Protocol):
         """The condition that says nothing, for classifier-free guidance; same shape as `cond`."""
         ...
 
-    def make_cache(self, batch_size: int) -> Any:
-        """An empty `Cache` with room for whole images, on the model's device."""
+    def make_cache(self, batch_size: int) -> Cache:
+        """An empty cache with room for whole images, on the model's device."""
         ...
 
     def prefill(self, cond: Tensor | None, cache: Any, rows: Sequence[int] | None = None) -> Tensor:

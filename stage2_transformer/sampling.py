@@ -30,14 +30,18 @@ class SamplingParams:
         if isinstance(self.top_k, list):
             object.__setattr__(self, "top_k", tuple(self.top_k))
         for k in self.top_k if isinstance(self.top_k, tuple) else (self.top_k,):
-            if k is not None and k < 1:
-                raise ValueError(f"top_k must be at least 1, got {self.top_k}; None keeps all codes")
+            if k is not None and (type(k) is not int or k < 1):
+                raise ValueError(
+                    f"top_k must be an integer of at least 1, got {self.top_k!r}; None keeps all codes"
+                )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all codes")
         if not math.isfinite(self.cfg_scale) or self.cfg_scale < 0:
             raise ValueError(f"cfg_scale must be finite and >= 0 (1 = no guidance), got {self.cfg_scale}")
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1 (1 = one code at a time), got {self.window}")
+        if type(self.window) is not int or self.window < 1:
+            raise ValueError(
+                f"window must be an integer of at least 1 (1 = one code at a time), got {self.window!r}"
+            )
 
     @property
     def is_greedy(self) -> bool:

@@ -56,6 +56,7 @@ PUBLISHED = {
     # classes are ids of the codes' table in the original, and have 1000 rows of their own here
     "imagenet/gpt_1.4b": ("1410.6", -1000 * 1536),
     "cc3m/mindalle_1.3b": ("1291.08", 0),
+    "transfer/mindalle_text": ("1291.08", 0),
     "transfer/mindalle_imagenet_class": ("1242.19", 0),
     "transfer/mindalle_imagenet_uncond": ("1240.65", 0),
     "ffhq/rq_transformer_355m": ("355.39", 0),
@@ -183,10 +184,13 @@ def find_image_tokenizer(name: str) -> VQGAN | RQVAE:
 
 
 def text_sizes(name: str) -> tuple[int, int | None]:
-    """Vocabulary and ids per caption of a text tokenizer: a bundled one, or as a comment says to train it.
+    """Vocabulary and ids per caption of a text tokenizer: a model's, or as a comment says to train it.
 
     A bundled one's file does not say for how many ids it was made.
     """
+    if name in RELEASES:
+        condition = pretrained_config(name).condition
+        return condition.vocab_size, condition.length
     if name in bundled_models():
         return TextTokenizer.from_file(resolve_text_tokenizer(name), length=1).vocab_size, None
     trainings = [parse_command("train_tokenizer", arguments) for arguments in all_commands("train_tokenizer")]

@@ -44,7 +44,7 @@ def build_parser(prog: str) -> Parser:
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="stored type; default: as trained")
     add = parser.add_argument_group("for a sequence model").add_argument
     add("--image-tokenizer", metavar="MODEL", help="run, or any model; default: of the run's config.yaml")
-    add("--text-tokenizer", type=Path, metavar="FILE", help="default: of the run's config.yaml")
+    add("--text-tokenizer", metavar="PATH", help="or model; default: of the run's config.yaml")
     add("--clip", metavar="MODEL", help="run or native directory of a CLIP to put beside it")
     add("--temperature", type=float, metavar="T", help="default to store")
     add("--top-k", type=positive_int, metavar="K", help="default to store")

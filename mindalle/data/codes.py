@@ -52,7 +52,8 @@ class CodeData(StreamData):
         transform: how pictures become square; None = the image tokenizer's size, cut from the centre.
         num_crops: K of each training picture: the centre, and random ones by `transform`.
         condition: what the model reads: captions, labels, or nothing.
-        text_tokenizer: of the captions: `text_tokenizer.json`, BPE-16k directory or bundled name.
+        text_tokenizer: of the captions: `text_tokenizer.json`, BPE-16k directory, or a model that has one,
+            see `resolve_text_tokenizer`; to fine-tune a model, its own.
         text_length: N, ids per caption.
         batch_size: images per step and device.
         num_workers: processes that read ahead.
@@ -155,13 +156,15 @@ class CodeData(StreamData):
         if self.condition != "text":
             return None
         named = self.text_tokenizer_file
-        if named is None or not resolve_text_tokenizer(named).exists():
+        path = None if named is None else resolve_text_tokenizer(named)
+        if path is None or not path.exists():
             raise FileNotFoundError(
                 f"no text tokenizer at {named}: train one on the captions with "
                 f"python tools/train_tokenizer.py {shlex.join(_as_list(self.specs['train']))} "
-                f"--length {self.text_length} --out {named or 'text_tokenizer.json'}"
+                f"--length {self.text_length} --out {named or 'text_tokenizer.json'}; to fine-tune a model, "
+                "name it, such as minDALL-E/1.3B: it knows the words of its own tokenizer only"
             )
-        return TextTokenizer.from_file(resolve_text_tokenizer(named), length=self.text_length)
+        return TextTokenizer.from_file(path, length=self.text_length)
 
     def setup(self, stage: str) -> None:
         """Open the caches and see that they have what is wanted, before a model is trained.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytorch_lightning as pl
 from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor
 
@@ -25,6 +26,11 @@ class AveragedWeights(WeightAveraging):
         if not 0 < decay < 1:
             raise ValueError(f"decay must be in (0, 1), got {decay}")
         super().__init__(use_buffers=False, avg_fn=partial(_average, decay=decay))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Move the averages to the weights' device: Lightning makes them before it moves the weights."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
 
 
 def _average(averaged: Tensor, current: Tensor, num_averaged: Tensor | int, *, decay: float) -> Tensor:

@@ -24,9 +24,14 @@ class RunCheckpoint(ModelCheckpoint):
         if _is_last_step(trainer):
             self._save_last_step(trainer)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where it is time, and before a stop that was decided later, such as early stopping's."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.should_stop:
+            self._save_last_step(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save after a stop that was decided later, such as early stopping's; never in a dry run."""
-        self._save_last_step(trainer)
+        """Nothing: it is too late, averages have replaced the weights; Lightning saves even in a dry run."""
 
     def _save_last_step(self, trainer: pl.Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from mindalle.clip import ClipConfig, read_clip_tokenizer
+from mindalle.clip import ClipConfig, read_clip_tokenizer, unit
 from mindalle.evaluation.retrieval import ranks_of_own
 from mindalle.hub import resolve_text_tokenizer
 from mindalle.run import RUN_KEY, load_own_clip
@@ -33,7 +33,7 @@ class ClipTraining(Training):
 
     Args:
         config: of the model.
-        text_tokenizer: file of the captions' tokenizer, `text_tokenizer.json`, or a bundled name.
+        text_tokenizer: file of the captions' tokenizer, `text_tokenizer.json`, or a model that has one.
         optimizer: settings; None = the defaults.
         max_logit_scale: 1 / temperature is kept in [1, max_logit_scale]; >= 1, the paper's is 100.
         pretrained: the CLIP to start from, a training run or a native checkpoint, see `load_own_clip`; its
@@ -72,9 +72,6 @@ class ClipTraining(Training):
                 f"{'no config' if config is None else 'a config'}"
             )
         self.retrieval = CaptionRetrieval()
-        for name in ("image_mean", "image_std"):
-            values = torch.tensor(getattr(self.config, name)).view(3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
 
     def model_config(self) -> ClipConfig:
         """The config of the model, which does not keep it."""
@@ -148,9 +145,9 @@ class ClipTraining(Training):
                 f"images must be (B, 3, {size}, {size}) for this CLIP, got {tuple(images.shape)}: "
                 f"set the data's transform.image_size to {size}"
             )
-        pixels = (images * 0.5 + 0.5 - self.image_mean) / self.image_std
+        pixels = self.config.normalise(images)
         ids = self.tokenize(batch["captions"]).to(images.device)
-        return _unit(self.model.encode_image(pixels)), _unit(self.model.encode_text(ids)), ids
+        return unit(self.model.encode_image(pixels)), unit(self.model.encode_text(ids)), ids
 
     def _gather(self, part: Tensor) -> Tensor:
         """The part of all processes, with gradients: one's features are in the others' losses too."""
@@ -253,7 +250,3 @@ class CaptionRetrieval(Metric):
         parts = zip(torch.split(images, 1024), torch.split(caption, 1024), strict=True)
         ranks = torch.cat([ranks_of_own(part, texts[first], own) for part, own in parts])
         return {f"recall_at_{k}": (ranks < k).float().mean() for k in RECALLS}
-
-
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from mindalle.training.sheets import PromptSheet
 from stage2_transformer.layers import Block
 
 
@@ -50,13 +51,13 @@ class BlockFSDPStrategy(ModelParallelStrategy):
         """Around `configure_model`: shards what it leaves.
 
         Raises:
-            ValueError: if weights are averaged, which Lightning does not do for sharded ones.
+            ValueError: if weights are averaged, which Lightning does not do for sharded ones, or prompts are
+                drawn: one process would wait for the weights of the others, which do not draw.
         """
         module: Any = self.lightning_module
-        if any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks):
-            raise ValueError(
-                "averaged weights (EMA) cannot be had with fsdp_blocks: remove the callback, or use ddp"
-            )
+        for refused, what in ((WeightAveraging, "averaged weights (EMA)"), (PromptSheet, "a PromptSheet")):
+            if any(isinstance(callback, refused) for callback in module.trainer.callbacks):
+                raise ValueError(f"{what} cannot be had with fsdp_blocks: remove the callback, or use ddp")
         yield
         shard_blocks(module.model, self.device_mesh["data_parallel"])
 

@@ -16,7 +16,7 @@ from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
 from stage1_vqgan.perceptual import SMALLEST_SIDES
 from stage1_vqgan.quantize import CodebookAverages, CodebookTrainingConfig
-from stage1_vqgan.quantize.usage import perplexity
+from stage1_vqgan.quantize.usage import code_counts, perplexity
 
 
 class TokenizerTraining(Training):
@@ -122,13 +122,13 @@ class TokenizerTraining(Training):
         reconstructions, quantized = self.model(images)
         terms = self.loss(images, reconstructions, quantized, step=self.global_step)
         self._log_terms("val", images, reconstructions, terms.total, terms.parts)
-        by_depth = quantized.codes.reshape(-1, len(self._code_counts))  # (B, h, w[, D]) -> (B h w, D)
-        for counts, codes in zip(self._code_counts, by_depth.unbind(dim=1), strict=True):
-            counts += torch.bincount(codes, minlength=len(counts))
+        depth = len(self._code_counts)
+        by_place = quantized.codes.reshape(len(images), -1, depth)  # (B, h, w[, D]) -> (B, T, D)
+        self._code_counts += code_counts(by_place, self.model.codebook_size)
 
     def on_validation_epoch_start(self) -> None:
         """Count codes anew."""
-        shape = self.model.codebook().shape[:2]
+        shape = (len(self.model.codebook_sizes), self.model.codebook_size)
         self._code_counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     def on_validation_epoch_end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,10 @@ class CodebookAverages(nn.Module):
             self.register_buffer(f"sums_{i}", table.detach().clone())  # (V, C)
             # (V,) batches since an entry was chosen
             self.register_buffer(f"ages_{i}", torch.zeros(len(table), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookAverages:
+        """Move to a device, but stay in float32: in half precision, steps of 1% would round away."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     @torch.no_grad()
     def start(self, latents: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,11 @@ class TestRead:
             part(tmp_path, {"state_dict": {"a": self.ONE}, "epoch": 3}).read(use_ema=True)
 
 
+@dataclass(frozen=True)
+class Depth:
+    depth: int
+
+
 class TestTranslateConfig:
     @pytest.mark.parametrize(
         ("translate", "message"),
@@ -179,6 +185,8 @@ class TestTranslateConfig:
             ),
             (lambda yaml: tuple(yaml["arch"]["depth"]), "is not usable: 'int' object is not iterable"),
             (lambda yaml: int(yaml["arch"]["type"]), "is not usable: invalid literal for int"),
+            (lambda yaml: yaml["arch"]["depth"] // 0, "is not usable: .*by zero"),
+            (lambda yaml: Depth(4.0), r"is not usable: Depth: depth: Value '4\.0' of type 'float'"),
         ],
     )
     def test_errors(self, translate: Any, message: str) -> None:
@@ -189,4 +197,4 @@ class TestTranslateConfig:
 
     def test_result(self) -> None:
         part = CheckpointPart(layout="rq-vae", config={"arch": {"depth": 4}}, file=Path("stage1/model.pt"))
-        assert part.translate_config(lambda yaml: yaml["arch"]["depth"]) == 4
+        assert part.translate_config(lambda yaml: Depth(**yaml["arch"])) == Depth(4)

@@ -181,7 +181,7 @@ class TestPickledObjects:
 class TestWriteSafetensors:
     def test_what_is_written_is_read(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "model.safetensors"
-        write_safetensors(path, TENSORS, metadata={"format": "pt"})
+        write_safetensors(path, TENSORS)
         assert_same(read_tensors(path), TENSORS)
         assert [entry.name for entry in path.parent.iterdir()] == ["model.safetensors"]
 

@@ -29,7 +29,7 @@ from mindalle.checkpoint import (
 )
 from mindalle.pipeline import Pipeline
 from mindalle.text import TextTokenizer
-from stage1_vqgan import RQVAE, VQGAN
+from stage1_vqgan import RQVAE, VQGAN, load_tokenizer
 from stage2_transformer import (
     GPT,
     ConditionConfig,
@@ -236,9 +236,13 @@ class TestSamplingDefaults:
             ),
             ({"top_p": 2}, r"sampling section beside .*: top_p must be in \(0, 1\], got 2"),
             ({"temperature": "hot"}, "sampling section beside .*: must be real number"),
-            ({"top_k": [3, 0]}, r"top_k must be at least 1, got \(3, 0\)"),
-            ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
-            ({"num_candidates": "many"}, "sampling section beside .*: '<' not supported"),
+            ({"top_k": [3, 0]}, r"top_k must be an integer of at least 1, got \(3, 0\)"),
+            ({"top_k": 64.5}, "sampling section beside .*: top_k must be an integer of at least 1, got 64.5"),
+            ({"window": 2.5}, r"sampling section beside .*: window must be an integer .*, got 2.5"),
+            ({"num_candidates": 0}, "num_candidates must be an integer of at least 1, got 0"),
+            ({"num_candidates": 1.5}, "num_candidates must be an integer of at least 1, got 1.5"),
+            ({"num_candidates": True}, "num_candidates must be an integer of at least 1, got True"),
+            ({"num_candidates": "many"}, "num_candidates must be an integer of at least 1, got 'many'"),
             ([1, 2], r"sampling section beside .* must be a mapping, got \[1, 2\]"),
         ],
     )
@@ -275,6 +279,7 @@ class TestLoadErrors:
                 "unknown keys in model of .*: layers; known are",
             ),
             (lambda config: config["model"].update(type="vqgan"), "unknown type 'vqgan' in model of"),
+            (lambda config: config.update(model=None), "model of .* must be a mapping with a type, got None"),
             (
                 lambda config: config["image_tokenizer"].update(type="gpt"),
                 "unknown type 'gpt' in image_tokenizer",
@@ -326,7 +331,7 @@ class TestLoadErrors:
             load_checkpoint(native, use_ema=True)
 
     def test_sampling_defaults_out_of_range(self) -> None:
-        with pytest.raises(ValueError, match="num_candidates must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="num_candidates must be an integer of at least 1, got 0"):
             SamplingDefaults(num_candidates=0)
 
 
@@ -444,6 +449,21 @@ OFFICIAL: dict[str, Callable[[Path], Any]] = {
 }
 
 
+class TestAveragedWeights:
+    @pytest.mark.parametrize("use_ema", [False, True])
+    def test_a_tokenizer_that_is_alone(self, tmp_path: Path, use_ema: bool) -> None:
+        """`convert_checkpoint.py stage1/ OUT --ema` wrote the weights of the last step, without a word."""
+        make_rq(tmp_path)
+        loaded = load_checkpoint(tmp_path / "stage1", use_ema=use_ema)
+        assert_same(loaded, load_tokenizer(tmp_path / "stage1", use_ema=use_ema))
+
+    def test_a_tokenizer_with_a_model(self, tmp_path: Path) -> None:
+        """The tokenizer whose codes the model was trained on."""
+        make_rq(tmp_path)
+        loaded = load_checkpoint(tmp_path, use_ema=True)
+        assert_same(loaded, load_tokenizer(tmp_path), loaded.model)
+
+
 class TestConversion:
     """An official checkpoint and its native copy; what official ones compute is tested with the stages."""
 
@@ -499,6 +519,23 @@ class TestTextTokenizerOfOfficialCheckpoints:
         assert load_checkpoint(tmp_path / "alone" / "cc3m").text_tokenizer is None
         check_bpe16k(load_checkpoint(tmp_path / "alone" / "cc3m", text_tokenizer=bpe16k).text_tokenizer)
         assert not caplog.records
+
+    @pytest.mark.parametrize("name", ["minDALL-E/1.3B", "~/1.3B"])
+    def test_of_a_model(
+        self, tmp_path: Path, bpe16k: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """`--text-tokenizer minDALL-E/1.3B` was a path that does not exist."""
+        monkeypatch.setenv("MINDALLE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HOME", str(tmp_path / "cache" / "releases" / "minDALL-E"))
+        make_mindalle(tmp_path / "cache" / "releases" / "minDALL-E" / "1.3B", tokenizer=bpe16k)
+        make_rq(tmp_path / "alone" / "cc3m", "text", vocab_size_cond=16384)
+        check_bpe16k(load_checkpoint(tmp_path / "alone" / "cc3m", text_tokenizer=name).text_tokenizer)
+
+    def test_of_a_bundled_model(self, tmp_path: Path) -> None:
+        make_rq(tmp_path, "text", vocab_size_cond=4096)
+        loaded = load_checkpoint(tmp_path, text_tokenizer="emoji").text_tokenizer
+        assert loaded is not None
+        assert loaded.encode(["a red apple"]).shape == (1, 6)
 
     def test_beside_the_release(self, tmp_path: Path, bpe16k: Path, caplog: pytest.LogCaptureFixture) -> None:
         make_rq(tmp_path / "cc3m", "text", vocab_size_cond=16384)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mindalle.clip import ClipConfig
+from mindalle.clip import ClipConfig, unit
 from mindalle.clip_model import Clip
 
 VIT = ClipConfig(
@@ -198,3 +198,16 @@ def test_pixels_are_open_clips(mode: str) -> None:
             expected = theirs(image)
             assert (expected.shape, expected.dtype) == ((3, image_size, image_size), torch.float32)
             torch.testing.assert_close(ours(image), expected, atol=1e-6, rtol=0, msg=str(image))
+
+
+def test_pixels_by_hand() -> None:
+    """One picture or a batch, in [-1, 1]."""
+    config = replace(VIT, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.6, 0.8))
+    pixels = config.normalise(torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1).expand(2, 3, 1, 1))
+    expected = torch.tensor([(0 - 0.1) / 0.5, (0.5 - 0.2) / 0.6, (1 - 0.3) / 0.8])
+    torch.testing.assert_close(pixels.flatten(1), expected.expand(2, 3))
+
+
+def test_unit_vectors() -> None:
+    found = unit(torch.tensor([[3.0, 4.0], [0.0, -2.0]], dtype=torch.float16))
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8], [0.0, -1.0]]))

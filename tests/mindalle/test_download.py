@@ -38,6 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
     honours_range: bool
     sends_length: bool
     range_shift: int  # the first byte of an answer lies this far from the one asked for
+    unasked_parts: int  # so many of the next requests are answered as if they had asked for a range
     status: int | None  # answer every request with this error
     cuts: list[int]  # bytes that the next requests get before their connection closes; then whole ones
     always_cut: int | None
@@ -67,6 +68,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+        elif server.unasked_parts:
+            server.unasked_parts -= 1
+            self.send_response(206)
         else:
             self.send_response(200)
         body = server.body[start:]
@@ -91,6 +95,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
     server.body, server.honours_range, server.sends_length, server.range_shift = BODY, True, True, 0
+    server.unasked_parts = 0
     server.status, server.cuts, server.always_cut, server.pause, server.ranges = None, [], None, 0.0, []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -161,6 +166,14 @@ def test_starts_over_when_another_range_comes(server: Server, path: Path) -> Non
     put_part(path, BODY[:1000])
     download(server.url, path, md5=MD5)
     assert server.ranges == ["bytes=1000-", None]
+    assert path.read_bytes() == BODY
+
+
+def test_a_range_that_nobody_asked_for(server: Server, path: Path) -> None:
+    """There was no part to delete, and it was deleted."""
+    server.unasked_parts = 1
+    download(server.url, path, md5=MD5)
+    assert server.ranges == [None, None]
     assert path.read_bytes() == BODY
 
 

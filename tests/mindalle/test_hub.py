@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from mindalle import download, hub
-from mindalle.hub import RELEASES, Release, bundled_models, cache_dir, resolve_model
+from mindalle.hub import RELEASES, Release, bundled_models, cache_dir, resolve_model, resolve_text_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -257,7 +257,7 @@ def test_archive_put_in_the_cache_is_used(
     cached(tmp_path).mkdir(parents=True)
     (cached(tmp_path) / "1.3B.tar.gz").write_bytes(server.archive)
     assert resolve_model("minDALL-E/1.3B") == cached(tmp_path) / "1.3B"
-    assert visible(cached(tmp_path)) == ["1.3B"]
+    assert visible(cached(tmp_path)) == ["1.3B", "1.3B.tar.gz"]  # what the user brought is the user's
 
 
 def test_changed_release_is_refused(server: Server, tmp_path: Path) -> None:
@@ -293,6 +293,34 @@ def test_disk_must_hold_archive_and_contents(server: Server, monkeypatch: pytest
         resolve_model("minDALL-E/1.3B")
     Usage.free += 1
     resolve_model("minDALL-E/1.3B")
+
+
+# ------------------------------------------------------------------------------------ text tokenizers
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_text_tokenizer_is_a_path_or_that_of_a_model(
+    home: Path, tmp_path: Path, kind: type[str] | type[Path]
+) -> None:
+    """A release and a directory were no such names; a model fine-tuned with another tokenizer is ruined."""
+    bundled = tmp_path / "package" / "models" / "emoji" / "text_tokenizer.json"
+    native = home / "native" / "text_tokenizer.json"
+    inside = (cached(tmp_path) / "1.3B" / "tokenizer", home / "official" / "tokenizer", home / "bpe16k")
+    for directory in (native.parent, *inside):
+        directory.mkdir(parents=True)
+    for file in (bundled, native):
+        file.touch()
+    for name, expected in {
+        "emoji": bundled,
+        "minDALL-E/1.3B": inside[0],
+        "~/native": native,
+        "~/native/text_tokenizer.json": native,
+        "~/official": inside[1],
+        "~/bpe16k": inside[2],
+        "absent.json": Path("absent.json"),
+        "~nobody-here/bpe16k": Path("~nobody-here/bpe16k"),
+    }.items():
+        assert resolve_text_tokenizer(kind(name)) == expected
 
 
 # ---------------------------------------------------------------------------------------------- the hub

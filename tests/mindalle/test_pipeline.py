@@ -296,10 +296,6 @@ class TestStream:
                 else:
                     assert (shown[cell] == 255).all()
 
-    def test_later_images(self, pipeline: Pipeline) -> None:
-        *_, last = pipeline.stream(PROMPT, num_images=2, first_index=3, params=PARAMS)
-        assert torch.equal(last.codes, pipeline(PROMPT, num_images=5, params=PARAMS).codes[3:])
-
     def test_on_step(self, tiny_pipeline: Pipeline) -> None:
         """After each code of each batch, and once before."""
         steps: list[tuple[int, int]] = []

@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
-from checkpoint_io import config_to_mapping, read_tensors, write_safetensors
+from checkpoint_io import CheckpointError, config_to_mapping, read_tensors, write_safetensors
 from checkpoint_io.torchscript import read_torchscript
 from mindalle.clip import ClipConfig, ClipTokenizer
 from mindalle.clip_weights import OPENAI_MODELS, infer_config
@@ -219,10 +220,18 @@ class TestOpenAIFile:
             assert open_clip.get_pretrained_url(name, "openai")
 
     def test_missing_tensor(self, tmp_path: Path) -> None:
-        torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "clip.pt")
-        with pytest.raises(
-            ValueError, match=r"expected a tensor visual.conv1.weight, found epoch, state_dict"
-        ):
+        torch.save({"model.weight": torch.ones(2)}, tmp_path / "clip.pt")
+        with pytest.raises(ValueError, match=r"expected a tensor visual\.conv1\.weight, found model\.w"):
+            ClipReranker.from_pretrained(tmp_path / "clip.pt")
+
+    @pytest.mark.parametrize("extra", [{"epoch": 3}, {0: torch.ones(2)}, {"epoch": 3, "state_dict": {}}])
+    def test_not_only_tensors(self, openai_model: nn.Module, tmp_path: Path, extra: dict[Any, Any]) -> None:
+        """They were asked for the shape that they do not have."""
+        weights = {} if "state_dict" in extra else openai_model.state_dict()
+        torch.save(weights | extra, tmp_path / "clip.pt")
+        found = ", ".join(map(str, extra))
+        message = f"expected nothing but tensors by name, found {found}: is it a training checkpoint"
+        with pytest.raises(CheckpointError, match=message):
             ClipReranker.from_pretrained(tmp_path / "clip.pt")
 
     @pytest.mark.parametrize(
@@ -351,6 +360,10 @@ class TestNativeDirectory:
             "config.yaml",
             "text_tokenizer.json",
         }
+
+    def test_in_the_home_directory(self, native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(native.parent))
+        ClipReranker.from_pretrained(f"~/{native.name}")
 
     def test_float16_storage_computes_in_float32(self, native: Path) -> None:
         model = NATIVE.build()

@@ -118,6 +118,21 @@ class TestUpdate:
         assert float(averages.get_buffer("counts_0").min()) == 0
         assert all(bool(table.isfinite().all()) for table in quantizer.parameters())
 
+    def test_half_precision_of_the_model(self, kind: str) -> None:
+        """In bfloat16 an average that moves by 1% of a difference mostly rounded to where it was."""
+        quantizer, averages = build(kind)
+        other, others_averages = build(kind)
+        torch.nn.ModuleList([other, others_averages]).to(torch.bfloat16)
+        for seed in range(3):
+            codes = quantizer.encode(draw_latents(seed))
+            averages.update(draw_latents(seed), codes)
+            others_averages.update(draw_latents(seed).bfloat16(), codes)
+        for name, buffer in averages.named_buffers():
+            assert others_averages.get_buffer(name).dtype == buffer.dtype
+            if not name.startswith("sums"):  # these see rounded latents
+                assert torch.equal(others_averages.get_buffer(name), buffer)
+        assert next(other.parameters()).dtype == torch.bfloat16
+
     def test_it_goes_on_from_a_state_dict(self, kind: str) -> None:
         """Restarts, ages and the draws of restarts included."""
         quantizer, averages = build(kind, restart_after=2)

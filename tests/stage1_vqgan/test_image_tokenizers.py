@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,11 +288,10 @@ class TestPatches:
 
     @pytest.fixture
     def build(self, tiny_rqvae: RQVAE) -> Any:
-        def build(patch: tuple[int, int]) -> RQVAE:
+        def build(patch: tuple[int, int], image_size: int = 16) -> RQVAE:
             quantizer = ResidualQuantizerConfig(codebook_sizes=(24, 24), width=8 * patch[0] * patch[1])
-            config = RQVAEConfig(
-                convnet=tiny_rqvae.config.convnet, quantizer=quantizer, latent_width=8, patch=patch
-            )
+            convnet = replace(tiny_rqvae.config.convnet, image_size=image_size)
+            config = RQVAEConfig(convnet=convnet, quantizer=quantizer, latent_width=8, patch=patch)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 return RQVAE(config).eval()
@@ -329,3 +329,10 @@ class TestPatches:
     def test_images_must_fill_the_positions(self, build: Any) -> None:
         with pytest.raises(ValueError, match="multiples of 8, got 20x16"):
             build((2, 2)).encode(draw_images(1, 3, 20, 16))
+
+    def test_images_must_fill_positions_that_are_not_square(self, build: Any) -> None:
+        """A picture of 3x3 latents was let through, of which no whole number of 2x3 patches can be made."""
+        model = build((2, 3), image_size=24)
+        assert model.encode(draw_images(1, 3, 24, 48)).shape == (1, 3, 4, 2)
+        with pytest.raises(ValueError, match="multiples of 24, got 12x12"):
+            model.encode(draw_images(1, 3, 12, 12))

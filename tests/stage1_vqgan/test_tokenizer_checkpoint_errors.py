@@ -226,7 +226,15 @@ class TestCodebooks:
     def test_of_another_size(self, make: Any, tmp_path: Path) -> None:
         _, config = make("rq")
         edit_config(config, lambda yaml: yaml["arch"]["hparams"].update(n_embed=25))
-        with pytest.raises(CheckpointError, match="should have 25 rows and one of padding, got 25"):
+        with pytest.raises(
+            CheckpointError, match=r"should have 25 rows and one of padding, got shape \(25, 16\)"
+        ):
+            load_tokenizer(tmp_path)
+
+    def test_without_rows(self, make: Any, tmp_path: Path) -> None:
+        weights, _ = make("rq")
+        edit_state(weights, lambda state: state.update({"quantizer.codebooks.0.weight": torch.ones(())}))
+        with pytest.raises(CheckpointError, match=r"should have 24 rows and one of padding, got shape \(\)"):
             load_tokenizer(tmp_path)
 
     def test_of_fewer_depths(self, make: Any, tmp_path: Path) -> None:
@@ -350,6 +358,28 @@ class TestConfigs:
     def test_settings(self, make: Any, tmp_path: Path, kind: str, settings: Any, message: str) -> None:
         weights, config = make(kind)
         edit_config(config, lambda yaml: ddconfig(kind, yaml).update(settings))
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_tokenizer(tmp_path)
+        assert f"the config of {weights}" in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"code_shape": [0, 4, 3]}, "not usable: .*zero"),
+            (
+                {"n_embed": 24.0},
+                "not usable: RQVAEConfig: Value .* could not be converted to Integer",
+            ),
+            (
+                {"shared_codebook": None},
+                r"not usable: RQVAEConfig: quantizer\.is_shared: .*'None' for field of type 'bool'",
+            ),
+        ],
+    )
+    def test_codes(self, make: Any, tmp_path: Path, settings: Any, message: str) -> None:
+        """YAML reads 1.6384e4 as a float, of which torch knows no tensor's size."""
+        weights, config = make("rq")
+        edit_config(config, lambda yaml: yaml["arch"]["hparams"].update(settings))
         with pytest.raises(CheckpointError, match=message) as error:
             load_tokenizer(tmp_path)
         assert f"the config of {weights}" in str(error.value)

@@ -273,6 +273,9 @@ KEY_ERRORS: dict[str, Edit] = {
     r"pos_emb_hw has shape \(9, 16\), expected \(16, 16\)": lambda state: state.update(
         {"pos_emb_hw": torch.zeros(1, 9, 16)}
     ),
+    r"pos_emb_hw has shape \(16,\), expected \(16, 16\)": lambda state: state.update(
+        {"pos_emb_hw": torch.zeros(16)}
+    ),
     r"attn.query.weight has shape \(8, 16\), expected \(16, 16\)": lambda state: state.update(
         {"head_transformer.blocks.0.attn.query.weight": torch.zeros(8, 16)}
     ),

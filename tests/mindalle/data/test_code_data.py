@@ -114,7 +114,7 @@ class TestPreparing:
         with pytest.raises(
             FileNotFoundError,
             match=r"no text tokenizer at .*none.json: train one on the captions with python "
-            r"tools/train_tokenizer.py .*train.tar --length 6 --out .*none.json",
+            r"tools/train_tokenizer.py .*train.tar --length 6 --out .*none.json; to fine-tune a model, name",
         ):
             ready(arguments, text_tokenizer=str(tmp_path / "none.json"))
         with pytest.raises(

@@ -18,6 +18,7 @@ from torch import nn
 from train_in_processes import GPT_CONFIG, NUM_STEPS, train
 
 from mindalle.run import open_run
+from mindalle.training import PromptSheet
 from mindalle.training.fsdp import BlockFSDPStrategy
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,13 +71,17 @@ def test_a_sharded_run_resumes_and_is_exported(tmp_path: Path) -> None:
         assert first + rest == pytest.approx(expected, abs=1e-5)
 
 
-def test_averaged_weights_are_refused(tmp_path: Path) -> None:
-    """Lightning would average the parts of one process with nothing."""
+@pytest.mark.parametrize(
+    ("callback", "what"),
+    [(EMAWeightAveraging(), r"averaged weights \(EMA\)"), (PromptSheet(), "a PromptSheet")],
+)
+def test_callbacks_that_need_whole_models_are_refused(callback: pl.Callback, what: str) -> None:
+    """Averages would be of one process's parts; a run hung where one process drew and the others did not."""
     strategy = BlockFSDPStrategy()
     module = pl.LightningModule()
     module.model = nn.Linear(2, 2)
-    module.trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[EMAWeightAveraging()])
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[callback])
     strategy._lightning_module = module
-    message = r"averaged weights \(EMA\) cannot be had with fsdp_blocks"
+    message = f"{what} cannot be had with fsdp_blocks: remove the callback, or use ddp"
     with pytest.raises(ValueError, match=message), strategy.model_sharded_context():
         pass

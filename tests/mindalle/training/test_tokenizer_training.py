@@ -55,6 +55,17 @@ def copy_state(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
+class ConvDistance(torch.nn.Module):
+    """A small perceptual network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = torch.nn.Conv2d(3, 8, 3).requires_grad_(False)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        return (self.network(images) - self.network(others)).abs().mean()
+
+
 @every
 class TestLearning:
     def test_reconstructions_get_better(self, name: str) -> None:
@@ -69,6 +80,16 @@ class TestLearning:
         assert metrics[-1]["train/codes_alive"] > 0.8
         with torch.no_grad():
             assert module.model.eval().encode(PICTURES["images"]).unique().numel() > 0.8 * 24
+
+    def test_in_half_precision(self, name: str) -> None:
+        """The perceptual network, of float32 weights, got bfloat16 pictures and crashed."""
+        module = new_training(name, loss=losses(adversarial_weight=0.75))
+        module.loss._perceptual = (ConvDistance(),)
+        data = Pictures([PICTURES], VAL)
+        trainer, metrics = fit(module, data, max_steps=12, precision="bf16-true")
+        assert next(module.model.parameters()).dtype == torch.bfloat16
+        assert metrics[-1]["train/perceptual"] < metrics[0]["train/perceptual"]
+        assert math.isfinite(trainer.callback_metrics["val/perceptual"])
 
     def test_with_an_adversary(self, name: str) -> None:
         module = new_training(name, loss=losses(adversarial_weight=0.75))
