@@ -62,7 +62,8 @@ class CodebookAverages(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookAverages:
         """Move to a device, but stay in float32: in half precision, steps of 1% would round away."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def start(self, latents: Tensor) -> None:
