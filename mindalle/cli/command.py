@@ -173,7 +173,11 @@ def positive_int(text: str) -> int:
 
 def add_checkpoint_options(parser: argparse._ActionsContainer) -> None:
     """What a checkpoint leaves open to who loads a model of it."""
-    parser.add_argument("--text-tokenizer", metavar="PATH", help="where it is not with the checkpoint")
+    parser.add_argument(
+        "--text-tokenizer",
+        metavar="NAME",
+        help="where the checkpoint has none: its file or directory, or a model that has one (minDALL-E/1.3B)",
+    )
     add_ema_option(parser)
 
 

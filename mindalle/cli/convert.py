@@ -10,7 +10,7 @@ from mindalle.cli.command import Parser, add_checkpoint_options, check_writable,
 
 EXAMPLES = """\
   {prog} path/to/1.3B minDALL-E-native --dtype fp16
-  {prog} rq-vae/cc3m cc3m-native --text-tokenizer bpe16k/
+  {prog} rq-vae/cc3m cc3m-native --text-tokenizer minDALL-E/1.3B
   {prog} path/to/vqgan_imagenet_f16_16384 vqgan-native"""
 
 
