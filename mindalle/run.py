@@ -138,11 +138,12 @@ def open_run(path: str | Path) -> Run:
     return run
 
 
-def load_image_tokenizer(name_or_path: str | Path) -> QuantizedAutoencoder:
+def load_image_tokenizer(name_or_path: str | Path, *, use_ema: bool = False) -> QuantizedAutoencoder:
     """Load an image tokenizer from wherever there is one, in evaluation mode, float32, on the CPU.
 
     Args:
         name_or_path: a training run, see `find_run`, or what `mindalle.hub.resolve_model` finds.
+        use_ema: take the averaged weights of an rq-vae release; nothing else has any to choose.
 
     Returns:
         A VQGAN or an RQVAE.
@@ -152,9 +153,9 @@ def load_image_tokenizer(name_or_path: str | Path) -> QuantizedAutoencoder:
         CheckpointError: if it is damaged or no image tokenizer.
     """
     path = resolve_model(name_or_path)
-    run = find_run(path)
+    run = None if use_ema else find_run(path)
     if run is None:
-        return load_tokenizer(path)
+        return load_tokenizer(path, use_ema=use_ema)
     if run.kind not in STAGE1:
         raise CheckpointError(f"{run.file} holds a {run.kind}, expected one of {', '.join(STAGE1)}")
     tokenizer: QuantizedAutoencoder = run.build()

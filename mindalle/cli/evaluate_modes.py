@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_io import file_hash, tensors_hash
+from checkpoint_io import file_hash
 from mindalle.cli.command import UsageError, say
 from mindalle.cli.evaluate import RECONSTRUCTION_METRICS
 from mindalle.cli.evaluate_sides import (
@@ -50,19 +50,16 @@ from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Context, Measure, append_results, table
 from mindalle.generation import Condition, SetJob, draw_set, open_set, plan_set
 from mindalle.generation.job import checkpoint_hash
-from mindalle.hub import resolve_model
 from mindalle.image import to_tensor
 from mindalle.pipeline import Pipeline
 from mindalle.rerank import ClipReranker
-from stage1_vqgan.autoencoder import QuantizedAutoencoder
-from stage1_vqgan.checkpoint import load_tokenizer
 
 
 def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
     """Measure an image tokenizer on a data set."""
     check_options(args)
     source = open_source(args.data)
-    tokenizer, weights_hash = _load_tokenizer(args)
+    tokenizer, weights_hash = identified_tokenizer(args.tokenizer, use_ema=args.ema)
     tokenizer.to(args.device)
     if args.depths and len(tokenizer.code_shape) == 2:
         raise UsageError("--depths is for residual codes (RQ-VAE): this tokenizer has one code per position")
@@ -97,14 +94,6 @@ def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
         "ema": args.ema,
     }
     _report(args, command, measures, subject, data.about("data"))
-
-
-def _load_tokenizer(args: argparse.Namespace) -> tuple[QuantizedAutoencoder, str]:
-    """The image tokenizer and what identifies it."""
-    if not args.ema:
-        return identified_tokenizer(args.tokenizer)
-    tokenizer = load_tokenizer(resolve_model(args.tokenizer), use_ema=True)
-    return tokenizer, tensors_hash(tokenizer.state_dict())
 
 
 def evaluate_images(args: argparse.Namespace, command: str) -> None:

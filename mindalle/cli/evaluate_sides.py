@@ -11,7 +11,7 @@ from mindalle.evaluation.comparison import METRICS
 from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
 from mindalle.evaluation.frechet import check_components
 from mindalle.evaluation.moments import Moments, load_moments
-from mindalle.evaluation.pictures import read_samples, squared
+from mindalle.evaluation.pictures import count_listed, read_samples, squared
 from mindalle.evaluation.refusal import RefusedError, check_count, refusal
 from mindalle.evaluation.results import read_results
 from mindalle.generation.job import SetPlan, read_plan
@@ -179,15 +179,6 @@ def check_listed(
         is_fd = name == "fd" and network is not None
         num_features = (args.feature_dims or network.num_features) if is_fd and network is not None else None
         check_count(name, count, others if METRICS[name].needs_reference else None, num_features)
-
-
-def count_listed(source: Source, limit: int | None) -> int | None:
-    """Pictures that will be read, unreadable ones among them; None where nobody has counted."""
-    try:
-        count = len(source)
-    except ValueError:  # shards on the network
-        return None
-    return count if limit is None else min(count, limit)
 
 
 def open_reference(name: str | None) -> Source | Moments | None:

@@ -70,11 +70,12 @@ class CacheHeader:
     num_classes: int  # largest label + 1, at least the plan's; 0 if some picture has no label
 
 
-def identified_tokenizer(name: str) -> tuple[QuantizedAutoencoder, str]:
+def identified_tokenizer(name: str, *, use_ema: bool = False) -> tuple[QuantizedAutoencoder, str]:
     """Load an image tokenizer and tell what identifies it.
 
     Args:
         name: see `mindalle.run.load_image_tokenizer`.
+        use_ema: see there.
 
     Returns:
         The tokenizer, and in hex the SHA-256 of its weights: of the file of a native checkpoint, of names and
@@ -84,7 +85,7 @@ def identified_tokenizer(name: str) -> tuple[QuantizedAutoencoder, str]:
         FileNotFoundError: if there is nothing of that name.
         CheckpointError: if it is no image tokenizer.
     """
-    tokenizer = load_image_tokenizer(name)
+    tokenizer = load_image_tokenizer(name, use_ema=use_ema)
     native = resolve_model(name) / "image_tokenizer.safetensors"
     if native.is_file():
         return tokenizer, file_hash(native)

@@ -86,6 +86,15 @@ def read_samples(source: Source, limit: int | None = None) -> Iterator[Sample | 
     yield from islice(samples if rows is None else _listed(samples, rows), limit)
 
 
+def count_listed(source: Source, limit: int | None) -> int | None:
+    """Pictures that will be read, unreadable ones among them; None where nobody has counted."""
+    try:
+        count = len(source)
+    except ValueError:  # shards on the network
+        return None
+    return count if limit is None else min(count, limit)
+
+
 def choice_of(source: Source) -> tuple[frozenset[str], str | None]:
     """Who chose the pictures of a drawn set, and among how many.
 

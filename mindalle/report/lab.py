@@ -20,7 +20,7 @@ from mindalle.data.samples import Source, open_source
 from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
 from mindalle.evaluation.frechet import check_components
 from mindalle.evaluation.model import sequence_model
-from mindalle.evaluation.pictures import PictureSet, measure_pictures, read_samples
+from mindalle.evaluation.pictures import PictureSet, count_listed, measure_pictures, read_samples
 from mindalle.evaluation.refusal import refusal
 from mindalle.generation import SetJob, draw_set, open_set, plan_set
 from mindalle.generation.job import checkpoint_hash
@@ -153,16 +153,15 @@ class Lab:
         Raises:
             ValueError: if nobody has said how many.
         """
-        try:
-            count = len(self.source)
-        except ValueError as error:
-            if self.job.num_pictures is None:
-                raise ValueError(
-                    f"how many pictures {self.source.name} holds is not known: say how many of them to take "
-                    "with --num-pictures"
-                ) from error
-            return self.job.num_pictures
-        return min(count, self.job.num_pictures or count)
+        wanted = self.job.num_pictures
+        listed = count_listed(self.source, wanted)
+        count = wanted if listed is None else listed
+        if count is None:
+            raise ValueError(
+                f"how many pictures {self.source.name} holds is not known: say how many of them to take "
+                "with --num-pictures"
+            )
+        return count
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
