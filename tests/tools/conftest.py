@@ -1,9 +1,11 @@
-"""A small made-up directory of npm packages, as tools/build_emoji.py reads them."""
+"""What scripts need, and a small made-up directory of npm packages, as tools/build_emoji.py reads them."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,14 @@ def icon_set(shape: str) -> tuple[dict[str, Any], dict[str, str]]:
     names = {code_points.lower(): NAMES[code_points][0].replace(" ", "-") for code_points in FILLS}
     bodies = {names[point.lower()]: {"body": shape.format(fill)} for point, fill in FILLS.items()}
     return {"icons": bodies, "aliases": ALIASES, "width": 16, "height": 16}, names
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command sets up logging for its process."""
+    handlers = list(logging.root.handlers)
+    yield
+    logging.root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import json
-import logging
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,6 @@ FIELDS = [
     *("concept", "emoji", "name", "style", "group", "subgroup", "keywords"),
     *("colors", "captions", "license", "split"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """A command sets up logging for its process."""
-    handlers = list(logging.root.handlers)
-    yield
-    logging.root.handlers[:] = handlers
 
 
 def build(out: Path, npm: Path, *options: str) -> int:

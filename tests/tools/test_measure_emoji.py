@@ -4,29 +4,62 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measure_emoji
 import pytest
 import torch
-from cli_results import Command
+from emoji_data.held_out import concept_names, held_out_captions, read_records, sample, unseen_colours
 from evaluation_sets import COLOURS, colour_judge, plain, write_clip, write_emoji_shard
+from measure_emoji import colour_accuracy, concept_recall, divergence
+from oracle.make import make_mindalle
 
 from mindalle import Pipeline
-from mindalle.cli import measure_emoji
-from mindalle.cli.measure_emoji import (
-    colour_accuracy,
-    concept_names,
-    concept_recall,
-    divergence,
-    held_out_captions,
-    read_records,
-    sample,
-    unseen_colours,
-)
 from mindalle.image import fit, psnr, to_tensor
+from mindalle.text import TextTokenizer
 from stage1_vqgan import load_tokenizer
 from stage2_transformer.int8 import has_int8
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Measure = Callable[..., Result]
+
+
+@pytest.fixture
+def measure(capsys: pytest.CaptureFixture[str]) -> Measure:
+    """`measure("draw", folder, "--judge", ...)` as the script does it."""
+
+    def call(*argv: object) -> Result:
+        capsys.readouterr()
+        try:
+            code = measure_emoji.main([str(argument) for argument in argv])
+        except SystemExit as leave:  # argparse
+            code = int(leave.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """minDALL-E's layout, 16x16 pixels, codes (4, 4), V = 24."""
+    folder = tmp_path_factory.mktemp("model")
+    TextTokenizer.train(["a red car", "a green apple"], vocab_size=40, length=6).save(
+        folder / "text_tokenizer.json"
+    )
+    make_mindalle(folder)
+    return folder
 
 
 def about(name: str, style: str = "flat", **more: Any) -> dict[str, Any]:
@@ -92,16 +125,16 @@ def test_colour_accuracy() -> None:
     assert colour_accuracy(colour_judge(), [plain("red")] * 2, wanted) == 0.5
 
 
-def test_reconstruct(mindalle: Command, checkpoints: Path, emoji: Path, tmp_path: Path) -> None:
-    arguments = ("measure_emoji", "reconstruct", emoji, "--model", checkpoints / "taming")
-    result = mindalle(*arguments, "--out", tmp_path / "out.json")
+def test_reconstruct(measure: Measure, text_model: Path, emoji: Path, tmp_path: Path) -> None:
+    arguments = ("reconstruct", emoji, "--model", text_model)
+    result = measure(*arguments, "--out", tmp_path / "out.json")
     assert result.code == 0, result.err
-    tokenizer = load_tokenizer(checkpoints / "taming")
+    tokenizer = load_tokenizer(text_model)
     size = (tokenizer.convnet.image_size,) * 2
     images = torch.stack([to_tensor(fit(record.image, size)) for record in read_records(emoji, "val_pair")])
     with torch.no_grad():
         expected = psnr(images, tokenizer.decode(tokenizer.encode(images))).mean().item()
-    mindalle(*arguments, "--out", tmp_path / "out.json")
+    measure(*arguments, "--out", tmp_path / "out.json")
     first, second = json.loads((tmp_path / "out.json").read_text())
     assert first["results"]["psnr"] == pytest.approx(expected, abs=1e-3)
     assert first["results"]["num_images"] == 3
@@ -109,15 +142,15 @@ def test_reconstruct(mindalle: Command, checkpoints: Path, emoji: Path, tmp_path
     assert (first["measure"], first["settings"]["data"]) == ("reconstruct", str(emoji))
 
 
-def test_a_judge_and_drawings(mindalle: Command, text_model: Path, emoji: Path, tmp_path: Path) -> None:
+def test_a_judge_and_drawings(measure: Measure, text_model: Path, emoji: Path, tmp_path: Path) -> None:
     judge = write_clip(tmp_path / "judge")
-    result = mindalle("measure_emoji", "clip", emoji, "--judge", judge)
+    result = measure("clip", emoji, "--judge", judge)
     assert result.code == 0, result.err
-    found = json.loads("\n".join(result.out))
+    found = json.loads(result.out)
     assert (found["num_pictures"], found["num_names"], found["recall_at_5"]) == (2, 2, 1)
 
     options = ("--model", text_model, "--judge", judge, "--out", tmp_path / "out.json")
-    result = mindalle("measure_emoji", "draw", emoji, *options)
+    result = measure("draw", emoji, *options)
     assert result.code == 0, result.err
     (entry,) = json.loads((tmp_path / "out.json").read_text())
     drawn = entry["results"]["best_of_1"]
@@ -127,11 +160,11 @@ def test_a_judge_and_drawings(mindalle: Command, text_model: Path, emoji: Path, 
 
 
 @pytest.mark.skipif(not has_int8(), reason="needs int8 kernels")
-def test_what_int8_changes(mindalle: Command, text_model: Path, emoji: Path, tmp_path: Path) -> None:
+def test_what_int8_changes(measure: Measure, text_model: Path, emoji: Path, tmp_path: Path) -> None:
     judge = write_clip(tmp_path / "judge")
-    result = mindalle("measure_emoji", "int8", emoji, "--model", text_model, "--judge", judge)
+    result = measure("int8", emoji, "--model", text_model, "--judge", judge)
     assert result.code == 0, result.err
-    found = json.loads("\n".join(result.out))
+    found = json.loads(result.out)
     assert 0 < found["kl"] < 0.01
     assert 0.8 < found["same_likeliest_code"] <= 1
     assert found["num_drawings"] == 2
@@ -157,13 +190,13 @@ def test_divergence_by_hand(text_model: Path, emoji: Path) -> None:
 
 
 def test_sweep_puts_the_best_first(
-    mindalle: Command, text_model: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measure: Measure, text_model: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure_emoji, "SWEEP", {"temperature": (0.5, 1.0), "top_k": (4, None)})
     judge = write_clip(tmp_path / "judge")
-    result = mindalle("measure_emoji", "sweep", emoji, "--model", text_model, "--judge", judge)
+    result = measure("sweep", emoji, "--model", text_model, "--judge", judge)
     assert result.code == 0, result.err
-    rows = json.loads("\n".join(result.out))["rows"]
+    rows = json.loads(result.out)["rows"]
     assert {(row["temperature"], row["top_k"]) for row in rows} == {
         (0.5, 4),
         (0.5, None),
@@ -174,7 +207,7 @@ def test_sweep_puts_the_best_first(
     assert scores == sorted(scores, reverse=True)
 
 
-def test_errors(mindalle: Command, emoji: Path, text_model: Path, tmp_path: Path) -> None:
+def test_errors(measure: Measure, emoji: Path, text_model: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{}")
     judge, empty = write_clip(tmp_path / "judge"), tmp_path / "empty"
     empty.mkdir()
@@ -192,7 +225,7 @@ def test_errors(mindalle: Command, emoji: Path, text_model: Path, tmp_path: Path
         ),
         (("draw", tmp_path / "plain", "--model", text_model, "--judge", judge), 1, "val_color of"),
     ):
-        result = mindalle("measure_emoji", *arguments)
+        result = measure(*arguments)
         assert result.code == code
-        assert words in result.err[-1]
-        assert "unexpected" not in result.err[-1]
+        assert words in result.err.splitlines()[-1]
+        assert "unexpected" not in result.err.splitlines()[-1]
