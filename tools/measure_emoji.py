@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 BATCH = 64
-SWEEP = {"temperature": (0.7, 0.85, 1.0), "top_k": (64, 256, None), "cfg_scale": (2.0, 3.0, 5.0, 8.0)}
+SWEEP = {"temperature": (0.5, 0.7, 0.85, 1.0), "top_k": (64, None), "cfg_scale": (2.0, 3.0, 5.0, 8.0)}
 EXAMPLES = """\
   {prog} reconstruct data/emoji --model runs/emoji/rqvae
   {prog} clip data/emoji --judge runs/emoji/clip_judge

@@ -79,7 +79,7 @@ def test_prompts_of_a_text_file(
 
 
 def test_the_bundled_model_is_the_default(mindalle: Command, prompts: Path, tmp_path: Path) -> None:
-    result = mindalle("generate_set", prompts, "--out", tmp_path / "set")
+    result = mindalle("generate_set", prompts, "--no-rerank", "--out", tmp_path / "set")
     assert result.code == 0, result.err
     assert read_results(tmp_path / "set")[0]["model"] == "emoji"
 
