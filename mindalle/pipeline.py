@@ -19,7 +19,7 @@ from mindalle.preview import Preview
 from mindalle.rerank import ClipReranker
 from mindalle.text import TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
-from stage2_transformer import GPT, RQTransformer, SamplingParams, image_seeds, iterate_codes
+from stage2_transformer import GPT, RQTransformer, SamplingParams, generate, image_seeds, iterate_codes
 from stage2_transformer.compiled import compile_steps
 from stage2_transformer.precision import check_precision, precision_of
 
@@ -231,6 +231,32 @@ class Pipeline:
         """
         seeds = image_seeds(seed, num_images)
         yield from self._stream(self.encode_condition(prompt), seeds, params, known)
+
+    def draw_codes(
+        self,
+        prompts: Sequence[str | int | None],
+        *,
+        num_candidates: int = 1,
+        params: SamplingParams | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Draw candidates of several prompts in one batch, undecoded and unranked.
+
+        Args:
+            prompts: P >= 1 texts, class labels, or Nones.
+            num_candidates: of each prompt, >= 1.
+            params: how to sample; None = the checkpoint's defaults.
+            seed: candidate i of a prompt is that of a call with this prompt and seed.
+
+        Returns:
+            int64 (P, num_candidates, *code_shape).
+
+        Raises:
+            ValueError: if the model has no such condition.
+        """
+        model, seeds = self._require_model(), image_seeds(seed, num_candidates) * len(prompts)
+        codes = generate(model, self.encode_conditions(prompts), params or self.sampling.params, seeds=seeds)
+        return codes.view(len(prompts), num_candidates, *model.code_shape)  # (P * n, ...) -> (P, n, ...)
 
     def _stream(
         self, cond: Tensor | None, seeds: list[int], params: SamplingParams | None, known: Tensor | None

@@ -18,7 +18,7 @@ BELOW = {
     "stage1_vqgan": {"checkpoint_io"},
     "stage2_transformer": {"checkpoint_io"},
     "mindalle": {"checkpoint_io", "stage1_vqgan", "stage2_transformer"},
-    "tools": {"mindalle", "stage1_vqgan", "stage2_transformer"},
+    "tools": {"mindalle"},
 }
 STAGES = ["stage1_vqgan", "stage2_transformer"]
 HEAVY = {"pytorch_lightning", "open_clip", "tokenizers", "omegaconf", "safetensors", "torchvision", "PIL"}

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mindalle import SamplingParams
     from mindalle.pipeline import Pipeline
     from mindalle.rerank import ClipReranker
-    from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
 BATCH = 64
 SWEEP = {"temperature": (0.5, 0.7, 0.85, 1.0), "top_k": (64, None), "cfg_scale": (2.0, 3.0, 5.0, 8.0)}
@@ -91,7 +90,8 @@ def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = load_image_tokenizer(args.model)
     records = read_records(args.data, "val_pair")
-    batches = (to_batch(batch, tokenizer) for batch in iter(lambda: list(islice(records, BATCH)), []))
+    groups, image_size = iter(lambda: list(islice(records, BATCH)), []), tokenizer.convnet.image_size
+    batches = (to_batch(group, image_size) for group in groups)
     (quality,) = measure_reconstruction(tokenizer, batches).by_depth
     return {
         "psnr": quality.psnr.mean().item(),
@@ -100,14 +100,13 @@ def reconstruct(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def to_batch(records: Sequence[Record], tokenizer: QuantizedAutoencoder) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1], of the size that the tokenizer was trained on."""
+def to_batch(records: Sequence[Record], image_size: int) -> Tensor:
+    """Pictures (B, 3, image_size, image_size) in [-1, 1]."""
     import torch
 
     from mindalle.image import fit, to_tensor
 
-    size = (tokenizer.convnet.image_size,) * 2
-    return torch.stack([to_tensor(fit(record.image, size)) for record in records])
+    return torch.stack([to_tensor(fit(record.image, (image_size, image_size))) for record in records])
 
 
 def retrieve(args: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def divergence(exact: Pipeline, rounded: Pipeline, records: Sequence[Record]) ->
     with torch.inference_mode():
         for first in range(0, len(records), BATCH):
             some = records[first : first + BATCH]
-            codes = tokenizer.encode(to_batch(some, tokenizer))
+            codes = tokenizer.encode(to_batch(some, tokenizer.convnet.image_size))
             cond = exact.encode_conditions([record.about["captions"][0] for record in some])
             logs, rounded_logs = (
                 F.log_softmax(model(codes, cond).logits, dim=-1) for model in models if model is not None
@@ -276,18 +275,13 @@ def draw_prompts(
     pipe: Pipeline, prompts: Sequence[str], num_candidates: int, params: SamplingParams, seed: int
 ) -> list[Image.Image]:
     """The best picture of each prompt: what `pipe` draws with this seed, many prompts at a time."""
-    import torch
-
     from mindalle.progress import progress_bar
-    from stage2_transformer import generate, image_seeds
 
-    assert pipe.model is not None
-    seeds, at_once = image_seeds(seed, num_candidates), max(1, BATCH // num_candidates)
-    pictures = []
+    at_once, pictures = max(1, BATCH // num_candidates), []
     for first in progress_bar(range(0, len(prompts), at_once), desc=f"drawing, best of {num_candidates}"):
         some = prompts[first : first + at_once]
-        codes = generate(pipe.model, pipe.encode_conditions(some), params, seeds=seeds * len(some))
-        for prompt, candidates in zip(some, torch.split(codes, num_candidates), strict=True):
+        codes = pipe.draw_codes(some, num_candidates=num_candidates, params=params, seed=seed)
+        for prompt, candidates in zip(some, codes, strict=True):
             pictures += pipe.choose(candidates, prompt, 1).images
     return pictures
 

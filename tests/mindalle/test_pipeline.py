@@ -211,6 +211,13 @@ class TestIndependence:
         many = pipeline(PROMPT, num_images=5, params=PARAMS).codes
         assert torch.equal(pipeline(PROMPT, num_images=2, params=PARAMS).codes, many[:2])
 
+    def test_prompts_in_one_batch(self, pipeline: Pipeline) -> None:
+        prompts = [PROMPT, "a blue cat"]
+        codes = pipeline.draw_codes(prompts, num_candidates=3, params=PARAMS, seed=5)
+        assert codes.shape == (2, 3, *pipeline.image_tokenizer.code_shape)
+        for prompt, candidates in zip(prompts, codes, strict=True):
+            assert torch.equal(candidates, pipeline(prompt, num_images=3, params=PARAMS, seed=5).codes)
+
     def test_global_randomness(self, pipeline: Pipeline) -> None:
         before = torch.get_rng_state()
         expected = pipeline(PROMPT, params=PARAMS).codes
