@@ -33,7 +33,7 @@ def build_parser(prog: str) -> Parser:
     add(
         "--crop",
         choices=("center", "random", "random_resized", "dalle"),
-        help="of all crops but the first; default: random, or the centre where nothing is cut off",
+        help="of all crops but the first (random); with --resize pad: the whole picture, smaller, anywhere",
     )
     add("--flip", type=float, default=0.0, metavar="P", help="chance that one of them is mirrored (0)")
     add("--seed", type=int, default=0, help="of the random crops (0)")
@@ -68,7 +68,7 @@ def encode(args: argparse.Namespace) -> None:
         transform=TransformConfig(
             image_size=size,
             resize=args.resize,
-            crop=args.crop or ("center" if args.resize == "pad" or args.crops == 1 else "random"),
+            crop=args.crop or ("center" if args.crops == 1 else "random"),
             flip_probability=args.flip,
         ),
         num_crops=args.crops,

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 from mindalle.cli.command import Parser, UsageError, check_writable, positive_int, run, say
@@ -28,6 +29,7 @@ ACCEPT = 0.05  # of the candidates of a class, with a classifier
 CAPTION_SUFFIXES = (".jsonl", ".csv", ".tsv", ".tar", ".tgz", ".gz")
 EXAMPLES = """\
   {prog} captions.txt --out sets/emoji --num-processes 2
+  {prog} data/train --captions random --out sets/train --num-processes 2 --num-candidates 8
   {prog} data/val --out sets/val --num-candidates 16 --clip ViT-B/32 --format shards
   {prog} --model rq-vae/imagenet-1.4b --classes all --per-class 50 --out sets/imagenet --device cuda
   {prog} --model rq-vae/imagenet-1.4b --classes 3,7 --per-class 50 --classifier efflite --out sets/best"""
@@ -43,7 +45,8 @@ def build_parser(prog: str) -> Parser:
     add = parser.add_argument_group("what to draw").add_argument
     help_ = "a caption per line; or a captions file, folder or shards of captioned pictures"
     add("prompts", nargs="?", metavar="PROMPTS", help=help_)
-    add("--all-captions", action="store_true", help="all captions of each picture, not the first alone")
+    help_ = "which of a picture's: the first, one drawn by --seed, or all (first)"
+    add("--captions", choices=("first", "random", "all"), metavar="WHICH", help=help_)
     add("--classes", metavar="LIST", help="instead of prompts: all, 0-99 or 3,7")
     add(
         "--unconditional", type=positive_int, metavar="N", help="instead: N pictures of nothing in particular"
@@ -116,8 +119,8 @@ def _check_options(args: argparse.Namespace) -> None:
     named = [args.prompts is not None, args.classes is not None, args.unconditional is not None]
     if sum(named) != 1:
         raise UsageError("say what to draw by one of PROMPTS, --classes LIST and --unconditional N")
-    if args.all_captions and args.prompts is None:
-        raise UsageError("--all-captions is for PROMPTS, which are not given")
+    if args.captions is not None and args.prompts is None:
+        raise UsageError("--captions is for PROMPTS, which are not given")
     if args.classifier is not None and args.classes is None:
         raise UsageError("--classifier judges pictures of classes: name them by --classes")
     if args.accept is not None and args.classifier is None:
@@ -162,7 +165,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"none of the {len(found):,} pictures of {args.prompts} has a caption to draw")
     if len(captioned) < len(found):
         say(f"{len(found) - len(captioned):,} of {len(found):,} pictures have no caption", is_note=True)
-    return [caption for captions in captioned for caption in captions[: None if args.all_captions else 1]]
+    if args.captions == "all":
+        return [caption for captions in captioned for caption in captions]
+    choice = Random(args.seed)
+    return [choice.choice(captions) if args.captions == "random" else captions[0] for captions in captioned]
 
 
 def _without_prompts(args: argparse.Namespace, pipe: Pipeline) -> Sequence[Condition]:

@@ -24,8 +24,8 @@ class TransformConfig:
     image_size: int = 256  # side of the result in pixels, >= 1
     resize: Resize = "shorter"  # shorter side to resize_size, then crop; or the whole picture fits in, padded
     resize_size: int | None = None  # pixels, >= image_size; of "center" and "random"; None = image_size
-    crop: Crop = "center"  # where to cut the square out; "center" when padding
-    min_scale: float = 0.75  # of "random_resized": least share of the largest square's area, in (0, 1]
+    crop: Crop = "center"  # where to cut the square out; when padding where to put the picture: center, random
+    min_scale: float = 0.75  # least share of the largest area, of "random_resized" and in padding, in (0, 1]
     padding: Padding = "white"  # of "pad": white, or the picture itself, enlarged and blurred
     flip_probability: float = 0.0  # mirror left and right, in [0, 1]
 
@@ -39,8 +39,11 @@ class TransformConfig:
             raise ValueError(
                 f"resize_size must be at least image_size, {self.image_size}, got {self.resize_size}"
             )
-        if self.resize == "pad" and (self.crop != "center" or self.resize_size is not None):
-            raise ValueError("a picture that is padded is not cropped: leave crop and resize_size out")
+        if self.resize == "pad" and (self.crop not in ("center", "random") or self.resize_size is not None):
+            raise ValueError(
+                "a picture that is padded is not cropped, but can be put anywhere: set crop to center or "
+                f"random, and leave resize_size out, got {self.crop} and {self.resize_size}"
+            )
         if self.crop in ("random_resized", "dalle") and self.resize_size is not None:
             raise ValueError(f"crop {self.crop} chooses its size itself: leave resize_size out")
         if not 0 < self.min_scale <= 1 or not 0 <= self.flip_probability <= 1:
@@ -63,7 +66,7 @@ def transform(image: Image.Image, config: TransformConfig, rng: random.Random | 
     """
     size = (config.image_size, config.image_size)
     if config.resize == "pad":
-        square = _pad(image, config)
+        square = _pad(image, config, rng if config.crop == "random" else None)
     elif rng is None or config.crop == "center":
         square = _crop_center(image, config)
     else:
@@ -103,15 +106,18 @@ def _random_box(
     return left, top, min(left + side, image.width), min(top + side, image.height)
 
 
-def _pad(image: Image.Image, config: TransformConfig) -> Image.Image:
-    """The whole picture in the middle of a square."""
+def _pad(image: Image.Image, config: TransformConfig, rng: random.Random | None) -> Image.Image:
+    """The whole picture in a square: as large as it can be in the middle; with `rng` smaller, and anywhere."""
     size = (config.image_size, config.image_size)
-    scale = config.image_size / max(image.size)
+    share = 1.0 if rng is None else math.sqrt(rng.uniform(config.min_scale, 1))
+    scale = share * config.image_size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     if config.padding == "white":
         square = Image.new("RGB", size, "white")
     else:
         square = fit(image, size).filter(ImageFilter.GaussianBlur(config.image_size / 16))
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    square.paste(resized, ((config.image_size - width) // 2, (config.image_size - height) // 2))
+    room = (config.image_size - width, config.image_size - height)
+    left, top = (side // 2 if rng is None else rng.randint(0, side) for side in room)
+    square.paste(resized, (left, top))
     return square

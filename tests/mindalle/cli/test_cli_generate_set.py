@@ -103,11 +103,25 @@ def test_captions_of_pictures(generate_set: Command, jobs: list[SetJob], tmp_pat
     result = generate_set(source)
     assert result.code == 130
     assert "1 of 3 pictures have no caption" in result.err
-    generate_set(source, "--all-captions")
+    generate_set(source, "--captions", "all")
     assert [job.conditions for job in jobs] == [
         ("a red car", "two red cars"),
         ("a red car", "a car", "two red cars"),
     ]
+
+
+def test_random_captions_are_a_function_of_the_seed(
+    generate_set: Command, jobs: list[SetJob], tmp_path: Path
+) -> None:
+    folder, captions = tmp_path / "pictures", ["a red car", "a car"]
+    write_pictures(folder, files := [f"{number}.png" for number in range(30)])
+    lines = (json.dumps({"file": file, "captions": captions}) for file in files)
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    for seed in (0, 0, 1):
+        generate_set(folder, "--captions", "random", "--seed", seed)
+    first, again, other = (job.conditions for job in jobs)
+    assert first == again != other
+    assert set(first) == set(other) == set(captions)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +203,7 @@ CLASSES = ("--model", "rq-class", "--classes")
         ((*CLASSES, "cat"), 2, "--classes must be all, or labels and ranges such as 0-99,207, got 'cat'"),
         ((*CLASSES, "0-9999999999"), 2, "--classes must be all, or labels and ranges such as"),
         ((*CLASSES, "3,1-4"), 2, "--classes names a class twice: 3,1-4"),
-        ((*CLASSES, "3", "--all-captions"), 2, "--all-captions is for PROMPTS, which are not given"),
+        ((*CLASSES, "3", "--captions", "all"), 2, "--captions is for PROMPTS, which are not given"),
         ((*CLASSES, "3", "--accept", 0.5), 2, "--accept is the share that a classifier keeps: name one by"),
         ((*CLASSES, "3", "--classifier", "efflite", "--accept", 0), 2, "--accept must be in (0, 1], got 0"),
         (

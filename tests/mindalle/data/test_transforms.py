@@ -133,6 +133,26 @@ class TestPad:
         assert image[2].eq(-1).all()  # white would be blue, too
         assert image[1, 1, 2] < image[1, 16, 2] < image[1, 30, 2]
 
+    def test_anywhere(self) -> None:
+        """All of the picture, of a side between half and all of the square's, wherever there is room."""
+        config = TransformConfig(image_size=40, resize="pad", crop="random", min_scale=0.25)
+        found = []
+        for seed in range(200):
+            is_red = transform(Image.new("RGB", (9, 9), "red"), config, random.Random(seed))[1] < 0
+            ys, xs = is_red.nonzero().unbind(dim=1)
+            found.append([int(bound) for bound in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)])
+            assert int(is_red.sum()) == (found[-1][2] - found[-1][0]) * (found[-1][3] - found[-1][1])
+        left, top, right, bottom = np.array(found).T
+        assert (right - left).tolist() == (bottom - top).tolist()
+        assert (right - left).min() in (20, 21)
+        assert ((right - left) ** 2).mean() / 40**2 == pytest.approx(5 / 8, abs=0.05)
+        assert left.min() == top.min() == 0
+        assert right.max() == bottom.max() == 40
+        assert left.mean() == pytest.approx(40 - right.mean(), abs=1)
+        assert not np.array_equal(left, top)
+        middle = transform(Image.new("RGB", (9, 9), "red"), config, None)
+        assert torch.equal(middle, torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 40, 40))
+
     @pytest.mark.parametrize("padding", ["white", "blur"])
     def test_lines(self, padding: Any) -> None:
         config = TransformConfig(image_size=16, resize="pad", padding=padding)
@@ -148,8 +168,8 @@ class TestConfig:
             ({"padding": "black"}, "padding must be one of white, blur, got 'black'"),
             ({"image_size": 0}, "image_size must be at least 1, got 0"),
             ({"image_size": 32, "resize_size": 31}, "resize_size must be at least image_size, 32, got 31"),
-            ({"resize": "pad", "crop": "random"}, "a picture that is padded is not cropped"),
-            ({"resize": "pad", "resize_size": 512}, "a picture that is padded is not cropped"),
+            ({"resize": "pad", "crop": "dalle"}, "is not cropped, but .*, got dalle and None"),
+            ({"resize": "pad", "resize_size": 512}, "is not cropped, but .*, got center and 512"),
             (
                 {"crop": "dalle", "resize_size": 512},
                 "crop dalle chooses its size itself: leave resize_size out",
