@@ -24,7 +24,9 @@ class TransformConfig:
     image_size: int = 256  # side of the result in pixels, >= 1
     resize: Resize = "shorter"  # shorter side to resize_size, then crop; or the whole picture fits in, padded
     resize_size: int | None = None  # pixels, >= image_size; of "center" and "random"; None = image_size
-    crop: Crop = "center"  # where to cut the square out; when padding where to put the picture: center, random
+    crop: Crop = (
+        "center"  # where to cut the square out; when padding where to put the picture: center, random
+    )
     min_scale: float = 0.75  # least share of the largest area, of "random_resized" and in padding, in (0, 1]
     padding: Padding = "white"  # of "pad": white, or the picture itself, enlarged and blurred
     flip_probability: float = 0.0  # mirror left and right, in [0, 1]
@@ -107,7 +109,7 @@ def _random_box(
 
 
 def _pad(image: Image.Image, config: TransformConfig, rng: random.Random | None) -> Image.Image:
-    """The whole picture in a square: as large as it can be in the middle; with `rng` smaller, and anywhere."""
+    """The whole picture in a square: as large as fits, in the middle; with `rng` smaller, and anywhere."""
     size = (config.image_size, config.image_size)
     share = 1.0 if rng is None else math.sqrt(rng.uniform(config.min_scale, 1))
     scale = share * config.image_size / max(image.size)
