@@ -167,8 +167,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         say(f"{len(found) - len(captioned):,} of {len(found):,} pictures have no caption", is_note=True)
     if args.captions == "all":
         return [caption for captions in captioned for caption in captions]
-    choice = Random(args.seed)
-    return [choice.choice(captions) if args.captions == "random" else captions[0] for captions in captioned]
+    if args.captions == "random":
+        rng = Random(args.seed)
+        return [rng.choice(captions) for captions in captioned]
+    return [captions[0] for captions in captioned]
 
 
 def _without_prompts(args: argparse.Namespace, pipe: Pipeline) -> Sequence[Condition]:

@@ -24,9 +24,7 @@ class TransformConfig:
     image_size: int = 256  # side of the result in pixels, >= 1
     resize: Resize = "shorter"  # shorter side to resize_size, then crop; or the whole picture fits in, padded
     resize_size: int | None = None  # pixels, >= image_size; of "center" and "random"; None = image_size
-    crop: Crop = (
-        "center"  # where to cut the square out; when padding where to put the picture: center, random
-    )
+    crop: Crop = "center"  # where to cut the square out; of "pad", where to put the picture: center, random
     min_scale: float = 0.75  # least share of the largest area, of "random_resized" and in padding, in (0, 1]
     padding: Padding = "white"  # of "pad": white, or the picture itself, enlarged and blurred
     flip_probability: float = 0.0  # mirror left and right, in [0, 1]

@@ -49,6 +49,19 @@ def test_a_folder(mindalle: Command, checkpoints: Path, pictures: Path, tmp_path
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_padded_pictures_go_anywhere(
+    mindalle: Command, checkpoints: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out, model = tmp_path / "codes", checkpoints / "rq-free"
+    options = ("--image-tokenizer", model, "--resize", "pad", "--crops", 8, "--size", 64, "--latents")
+    result = mindalle("encode", pictures, out, *options)
+    assert result.code == 0, result.err
+    cache = CodeCache(out, tokenizer_hash=identified_tokenizer(str(model))[1])
+    assert (cache.plan.transform["resize"], cache.plan.transform["crop"]) == ("pad", "random")
+    copies = {cache.latents(0, crop).numpy().tobytes() for crop in range(8)}
+    assert len(copies) >= 6  # sides are 55 to 64 pixels: the largest is where the centre is
+
+
 def test_shards(mindalle: Command, checkpoints: Path, tmp_path: Path) -> None:
     shards = [write_shard(tmp_path / f"{name}.tar", range(3)) for name in "ab"]
     result = mindalle("encode", *shards, tmp_path / "codes", "--image-tokenizer", checkpoints / "taming")
