@@ -23,6 +23,11 @@ from stage2_transformer.int8 import (
 from stage2_transformer.precision import PRECISIONS, check_precision, choose_precision, precision_of
 
 needs_int8 = pytest.mark.skipif(not has_int8(), reason="no FBGEMM on this machine")
+needs_vnni = pytest.mark.skipif(
+    not torch.cpu._is_vnni_supported(), reason="without VNNI pairs of full bytes overflow 16 bits"
+)
+LEVELS = [63, pytest.param(127, marks=needs_vnni)]
+"""Of activations: 63 works on every CPU with the kernel, full bytes need VNNI."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +70,7 @@ class TestWeights:
 @needs_int8
 class TestLayer:
     @pytest.mark.parametrize("has_bias", [True, False])
-    @pytest.mark.parametrize("levels", [127, 63])
+    @pytest.mark.parametrize("levels", LEVELS)
     def test_exact_arithmetic(self, monkeypatch: pytest.MonkeyPatch, levels: int, has_bias: bool) -> None:
         monkeypatch.setattr("stage2_transformer.int8.activation_levels", lambda: levels)
         linear, quantized = layer(has_bias=has_bias)
@@ -216,8 +221,13 @@ class TestPrecision:
 
 
 @needs_int8
-def test_little_is_lost_on_a_model_of_usual_weights() -> None:
-    """GPT-2's initialisation times five; a bundled model of 3.4 M weights loses as little (0.001 nats)."""
+@pytest.mark.parametrize("levels", LEVELS)
+def test_little_is_lost_on_a_model_of_usual_weights(monkeypatch: pytest.MonkeyPatch, levels: int) -> None:
+    """GPT-2's initialisation times five; a bundled model of 3.4 M weights loses as little (0.001 nats).
+
+    With 127 levels more than 93 % of the likeliest codes stay, with 63 more than 91 %.
+    """
+    monkeypatch.setattr("stage2_transformer.int8.activation_levels", lambda: levels)
     torch.manual_seed(0)
     config = gpt(transformer=blocks(width=128, num_layers=4, num_heads=4), vocab_size=256, code_shape=(8, 8))
     model = GPT(config).eval()
@@ -230,4 +240,5 @@ def test_little_is_lost_on_a_model_of_usual_weights() -> None:
     before, after = expected.log_softmax(dim=-1), got.log_softmax(dim=-1)
     divergence = (before.exp() * (before - after)).sum(dim=-1)
     assert float(divergence.mean()) < 0.002
-    assert float((before.argmax(dim=-1) == after.argmax(dim=-1)).float().mean()) > 0.93
+    same = float((before.argmax(dim=-1) == after.argmax(dim=-1)).float().mean())
+    assert same > {127: 0.93, 63: 0.91}[levels]
