@@ -32,7 +32,7 @@ def candidates_at_once(model: GPT | RQTransformer, num_candidates: int, params: 
         The largest batch that is in bounds, or a smaller one that makes all batches about equal: 16, of which
         9 would fit, are drawn by 8.
     """
-    rows = 1 if params.cfg_scale == 1 else 2
+    rows = 2 if params.is_guided else 1
     fitting = max(1, min(MOST_CANDIDATES, CACHE_BYTES // (rows * model.cache_bytes)))
     num_batches = -(-num_candidates // fitting)
     return -(-num_candidates // num_batches)

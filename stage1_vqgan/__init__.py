@@ -3,7 +3,8 @@
 from stage1_vqgan.checkpoint import STAGE1, load_tokenizer
 from stage1_vqgan.convnet import ConvNetConfig
 from stage1_vqgan.interface import ImageTokenizer
-from stage1_vqgan.quantize import ResidualQuantizerConfig, VectorQuantizerConfig
+from stage1_vqgan.pyramid import PyramidVAE, PyramidVAEConfig
+from stage1_vqgan.quantize import PyramidQuantizerConfig, ResidualQuantizerConfig, VectorQuantizerConfig
 from stage1_vqgan.rqvae import RQVAE, RQVAEConfig
 from stage1_vqgan.vqgan import VQGAN, VQGANConfig
 
@@ -13,6 +14,9 @@ __all__ = [
     "VQGAN",
     "ConvNetConfig",
     "ImageTokenizer",
+    "PyramidQuantizerConfig",
+    "PyramidVAE",
+    "PyramidVAEConfig",
     "RQVAEConfig",
     "ResidualQuantizerConfig",
     "VQGANConfig",

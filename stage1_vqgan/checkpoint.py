@@ -20,6 +20,7 @@ from checkpoint_io import (
 )
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.convnet import ConvNetConfig
+from stage1_vqgan.pyramid import PyramidVAE, PyramidVAEConfig
 from stage1_vqgan.quantize import ResidualQuantizerConfig, VectorQuantizerConfig
 from stage1_vqgan.rqvae import RQVAE, RQVAEConfig
 from stage1_vqgan.vqgan import VQGAN, VQGANConfig
@@ -27,6 +28,7 @@ from stage1_vqgan.vqgan import VQGAN, VQGANConfig
 STAGE1: dict[str, tuple[type[Any], type[Any]]] = {
     "vqgan": (VQGAN, VQGANConfig),
     "rqvae": (RQVAE, RQVAEConfig),
+    "pyramid": (PyramidVAE, PyramidVAEConfig),
 }
 """Type in a native config.yaml -> class and config."""
 

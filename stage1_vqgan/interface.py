@@ -18,7 +18,7 @@ class ImageTokenizer(Protocol):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """(h, w) or, for residual quantisation, (h, w, D), at the training resolution."""
+        """(h, w), (h, w, D) of residual codes, or (T,) of a pyramid, at the training resolution."""
         ...
 
     @property

@@ -8,6 +8,7 @@ from stage2_transformer.gpt import GPT, GPTConfig
 from stage2_transformer.interface import SequenceModel, SequenceOutput
 from stage2_transformer.layers import TransformerConfig
 from stage2_transformer.precision import PRECISIONS, choose_precision
+from stage2_transformer.pyramid_gpt import PyramidGPT, PyramidGPTConfig
 from stage2_transformer.rq_transformer import RQTransformer, RQTransformerConfig
 from stage2_transformer.sampling import SamplingParams, code_probabilities, image_seeds, sample_next
 
@@ -18,6 +19,8 @@ __all__ = [
     "ConditionConfig",
     "GPTConfig",
     "KVCache",
+    "PyramidGPT",
+    "PyramidGPTConfig",
     "RQTransformer",
     "RQTransformerConfig",
     "SamplingParams",

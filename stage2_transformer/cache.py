@@ -47,6 +47,7 @@ class KVCache:
             torch._dynamo.mark_static_address(self.values)
         self.prompt_length = 0  # entries before the first code
         self.lengths = [0] * batch_size  # entries of each row
+        self.vectors: Tensor | None = None  # (B, T, C') of the codes read, for models that look back at them
 
     @property
     def num_codes(self) -> list[int]:

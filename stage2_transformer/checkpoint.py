@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,10 +23,15 @@ from stage2_transformer.gpt import GPT, GPTConfig
 from stage2_transformer.int8 import Int8Loader
 from stage2_transformer.layers import TransformerConfig
 from stage2_transformer.precision import DTYPES, choose_precision
+from stage2_transformer.pyramid_gpt import PyramidGPT, PyramidGPTConfig
 from stage2_transformer.rq_transformer import RQTransformer, RQTransformerConfig
+
+ModelConfig: TypeAlias = GPTConfig | PyramidGPTConfig | RQTransformerConfig
+Model: TypeAlias = GPT | RQTransformer
 
 STAGE2: dict[str, tuple[type[Any], type[Any]]] = {
     "gpt": (GPT, GPTConfig),
+    "pyramid_gpt": (PyramidGPT, PyramidGPTConfig),
     "rq_transformer": (RQTransformer, RQTransformerConfig),
 }
 """Type in a native config.yaml -> class and config."""
@@ -98,7 +103,7 @@ def model_from_part(
     use_ema: bool = False,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
-) -> GPT | RQTransformer:
+) -> Model:
     """Build and fill the sequence model of a checkpoint whose layout is known.
 
     Args:
@@ -139,9 +144,7 @@ def model_from_part(
     return model.eval()
 
 
-def check_fit(
-    config: GPTConfig | RQTransformerConfig, code_shape: tuple[int, ...], codebook: Tensor, *, source: str
-) -> None:
+def check_fit(config: ModelConfig, code_shape: tuple[int, ...], codebook: Tensor, *, source: str) -> None:
     """Refuse a sequence model whose codes are not those of the image tokenizer.
 
     Args:
@@ -153,10 +156,9 @@ def check_fit(
     Raises:
         CheckpointError: says which of shape and vocabulary differ.
     """
-    vocab = config.vocab_size if isinstance(config, GPTConfig) else max(config.codebook_sizes)
-    if vocab != codebook.shape[1]:
+    if config.vocab_size != codebook.shape[1]:
         raise CheckpointError(
-            f"{source}: the sequence model has a vocabulary of {vocab} codes, its image tokenizer "
+            f"{source}: the sequence model has a vocabulary of {config.vocab_size} codes, its image tokenizer "
             f"{codebook.shape[1]}: both must come from one release"
         )
     if tuple(config.code_shape) != tuple(code_shape):
@@ -166,7 +168,7 @@ def check_fit(
         )
 
 
-def model_config(section: Mapping[str, Any], *, where: str) -> GPTConfig | RQTransformerConfig:
+def model_config(section: Mapping[str, Any], *, where: str) -> ModelConfig:
     """The typed config of a sequence model from its section of a native config.yaml.
 
     Args:
@@ -186,11 +188,11 @@ def model_config(section: Mapping[str, Any], *, where: str) -> GPTConfig | RQTra
     kind = fields.pop("type", None)
     if kind not in STAGE2:
         raise CheckpointError(f"unknown type {kind!r} in {where}: known are {', '.join(STAGE2)}")
-    config: GPTConfig | RQTransformerConfig = config_from_mapping(STAGE2[kind][1], fields, where=where)
+    config: ModelConfig = config_from_mapping(STAGE2[kind][1], fields, where=where)
     return config
 
 
-def build_model(config: GPTConfig | RQTransformerConfig, codebook: Tensor) -> GPT | RQTransformer:
+def build_model(config: ModelConfig, codebook: Tensor) -> Model:
     """A model without storage: `load_strict` makes each parameter real when its tensor arrives.
 
     Args:
@@ -201,7 +203,12 @@ def build_model(config: GPTConfig | RQTransformerConfig, codebook: Tensor) -> GP
         The model, its parameters on the meta device.
     """
     with without_storage():
-        return GPT(config) if isinstance(config, GPTConfig) else RQTransformer(config, codebook)
+        return model_class(config)(config, codebook)  # type: ignore[no-any-return]
+
+
+def model_class(config: object) -> type[Any]:
+    """The class in STAGE2 that a config describes."""
+    return next(cls for cls, config_cls in STAGE2.values() if type(config) is config_cls)
 
 
 def mindalle_config(yaml: Mapping[str, Any], code_shape: tuple[int, ...]) -> GPTConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,18 +42,24 @@ class PlainDecoder:
         begin: how many of each row are known.
         params: temperature, top_k and top_p are used.
         seeds: one per row.
-        num_depths: D.
+        code_depths: the depth of each of the T codes.
     """
 
     def __init__(
-        self, codes: Tensor, begin: int, params: SamplingParams, *, seeds: Sequence[int], num_depths: int
+        self,
+        codes: Tensor,
+        begin: int,
+        params: SamplingParams,
+        *,
+        seeds: Sequence[int],
+        code_depths: Sequence[int],
     ) -> None:
         self.codes = codes
         self.num_done = begin
-        self.params = params
+        by_depth = [params.at(depth) for depth in range(max(code_depths) + 1)]
+        self.params = [by_depth[depth] for depth in code_depths]  # of each code
         self.draws = uniforms(seeds, codes.shape[1]).to(codes.device)
         self.is_finite = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
-        self.num_depths = num_depths
         self.rows = list(range(len(codes)))
 
     def accept(self, logits: Tensor) -> None:
@@ -64,7 +70,7 @@ class PlainDecoder:
                 last.
         """
         n = self.num_done
-        codes, is_finite = draw_next(logits[:, -1], self.params, self.draws[:, n], depth=n % self.num_depths)
+        codes, is_finite = draw_next(logits[:, -1], self.params[n], self.draws[:, n])
         self.codes[:, n] = codes
         self.is_finite &= is_finite
         self.num_done += 1
@@ -131,9 +137,11 @@ def iterate_codes(
         First comes the state with the known codes alone.
     """
     shape = tuple(model.code_shape)
-    total, num_depths, batch_size = math.prod(shape), shape[2] if len(shape) == 3 else 1, len(seeds)
-    is_guided = params.cfg_scale != 1
-    params.check_depths(num_depths)
+    total, batch_size, depths = math.prod(shape), len(seeds), model.code_depths
+    is_guided = params.is_guided
+    params.check_depths(max(depths) + 1)
+    # of each code; with speculation one scale serves all
+    scales: list[Any] = [params.at(depth).cfg_scale for depth in depths]
     if batch_size == 0:
         raise ValueError("seeds must name at least one image, got none")
     if is_guided:
@@ -148,7 +156,7 @@ def iterate_codes(
     decoder = _make_decoder(model, codes, begin, params, seeds)
     yield begin, codes
     while decoder.num_done < total:
-        decoder.accept(guide(logits, params.cfg_scale) if is_guided else logits)
+        decoder.accept(guide(logits, scales[decoder.num_done]) if is_guided else logits)
         yield decoder.num_done, codes
         if decoder.num_done < total:
             chunk, rows, lengths = decoder.next_pass()
@@ -164,12 +172,17 @@ def iterate_codes(
 def _make_decoder(
     model: SequenceModel, codes: Tensor, begin: int, params: SamplingParams, seeds: Sequence[int]
 ) -> Decoder:
-    shape = tuple(model.code_shape)
     if params.window > 1:
         return SpeculativeDecoder(
-            codes, begin, params, seeds=seeds, code_shape=shape, vocab_size=model.vocab_size
+            codes,
+            begin,
+            params,
+            seeds=seeds,
+            code_shape=tuple(model.code_shape),
+            code_depths=model.code_depths,
+            vocab_size=model.vocab_size,
         )
-    return PlainDecoder(codes, begin, params, seeds=seeds, num_depths=shape[2] if len(shape) == 3 else 1)
+    return PlainDecoder(codes, begin, params, seeds=seeds, code_depths=model.code_depths)
 
 
 def _twice(codes: Tensor, is_guided: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stage2_transformer.cache import KVCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
-from stage2_transformer.interface import SequenceOutput, flatten_codes
+from stage2_transformer.interface import SequenceOutput, flatten_codes, raster_depths
 from stage2_transformer.layers import (
     Transformer,
     TransformerConfig,
@@ -52,19 +52,23 @@ class GPT(nn.Module):
     """A `SequenceModel`: one causal transformer over condition and codes, untied heads.
 
     The sequence is [condition (N) | codes (T)]; the output at the condition's last entry predicts code 0.
+
+    Args:
+        config: shape of the model.
+        codebook: not read; every model of the table STAGE2 can be given the image tokenizer's.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, codebook: Tensor | None = None) -> None:
         super().__init__()
         width = config.transformer.width
         self.config = config
         self.condition = Condition(config.condition, width, has_positions=config.condition.kind == "text")
-        self.code_embedding = nn.Embedding(config.vocab_size, width)
+        self.code_embedding: nn.Module = nn.Embedding(config.vocab_size, width)
         self.code_positions = normal_parameter(config.num_codes, width)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.transformer = Transformer(config.transformer)
         self.norm = nn.LayerNorm(width)
-        self.head = Linear(width, config.vocab_size, bias=False)
+        self.head: nn.Module = Linear(width, config.vocab_size, bias=False)
         has_text = config.condition.kind == "text"
         self.text_head = Linear(width, config.condition.vocab_size, bias=False) if has_text else None
         self.apply(init_weights)
@@ -78,6 +82,11 @@ class GPT(nn.Module):
     def code_shape(self) -> tuple[int, ...]:
         """(h, w) or (h, w, D)."""
         return self.config.code_shape
+
+    @property
+    def code_depths(self) -> tuple[int, ...]:
+        """The depth of each code."""
+        return raster_depths(self.code_shape)
 
     def forward(self, codes: Tensor, cond: Tensor | None, past: Tensor | None = None) -> SequenceOutput:
         """Predict every code from the condition and the codes before it; the oracle of cached decoding.
@@ -95,13 +104,13 @@ class GPT(nn.Module):
         """
         codes = flatten_codes(codes if past is None else past, self.code_shape)
         prompt = self.condition(cond, batch_size=len(codes))  # (B, N, C)
-        x = torch.cat([prompt, self.code_embedding(codes[:, :-1]) + self.code_positions[:-1]], dim=1)
+        x = torch.cat([prompt, self._read(codes)], dim=1)
         x = self.norm(self.transformer(self.dropout(x)))  # (B, N + T - 1, C)
         length = prompt.shape[1]
         # (B, T, V) -> (B, *code_shape, V)
-        logits = self.head(x[:, length - 1 :]).unflatten(1, self.code_shape)
+        logits = self._classify(x[:, length - 1 :], [0] * len(codes))
         text_logits = self.text_head(x[:, : length - 1]) if self.text_head is not None else None
-        return SequenceOutput(logits, text_logits)
+        return SequenceOutput(logits.view(len(codes), *self.code_shape, self.vocab_size), text_logits)
 
     def null_condition(self, cond: Tensor | None) -> Tensor:
         """The condition that says nothing, see `Condition.null`."""
@@ -134,8 +143,8 @@ class GPT(nn.Module):
         """
         prompt = self.condition(cond)  # (P, N, C)
         step = cache.begin_prompt(prompt.shape[1], len(prompt), rows)
-        logits: Tensor = self.head(self.norm(self.transformer(prompt, step)[:, -1]))  # (P, V)
-        return logits.repeat_interleave(step.copies, dim=0)
+        hidden = self.norm(self.transformer(prompt, step)[:, -1:])  # (P, 1, C)
+        return self._classify(hidden, [0] * len(prompt))[:, 0].repeat_interleave(step.copies, dim=0)
 
     def decode(self, codes: Tensor, cache: KVCache, rows: Sequence[int] | None = None) -> Tensor:
         """Read n >= 1 codes of each row, see `SequenceModel.decode`.
@@ -148,8 +157,22 @@ class GPT(nn.Module):
         Returns:
             (B, n, V): the logits of the code after each.
         """
-        consumed, num_new = cache.num_codes, codes.shape[1]
-        starts = consumed if rows is None else [consumed[row] for row in rows]
-        step = cache.begin_step(num_new, rows)
-        x = self.code_embedding(codes) + successive_rows(self.code_positions, starts, num_new)
-        return self.head(self.norm(self.transformer(x, step)))  # type: ignore[no-any-return]
+        rows = range(cache.batch_size) if rows is None else rows
+        consumed = cache.num_codes
+        starts = [consumed[row] for row in rows]
+        step = cache.begin_step(codes.shape[1], rows)
+        x = self.transformer(self._read_next(codes, cache, rows, starts), step)
+        return self._classify(self.norm(x), [start + 1 for start in starts])
+
+    def _read(self, codes: Tensor) -> Tensor:
+        """The inputs (B, T - 1, C) of all codes (B, T) but the last."""
+        return self.code_embedding(codes[:, :-1]) + self.code_positions[:-1]  # type: ignore[no-any-return]
+
+    def _read_next(self, codes: Tensor, cache: KVCache, rows: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """The inputs (R, n, C) of the next codes (R, n) of rows that have read `starts` codes."""
+        positions = successive_rows(self.code_positions, starts, codes.shape[1])
+        return self.code_embedding(codes) + positions  # type: ignore[no-any-return]
+
+    def _classify(self, hidden: Tensor, starts: Sequence[int]) -> Tensor:
+        """Hidden states (R, n, C) that predict the codes from `starts` on -> logits (R, n, V)."""
+        return self.head(hidden)  # type: ignore[no-any-return]

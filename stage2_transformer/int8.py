@@ -18,7 +18,7 @@ from stage2_transformer.rq_transformer import DepthClassifier
 WEIGHT_LEVELS = 127
 """Of a signed byte; -128 is left out, so that the range is symmetric."""
 
-KEPT = ("body_input.linear", "head_input.linear")
+KEPT = ("body_input.linear", "head_input.linear", "code_embedding", "canvas_embedding")
 """Linear layers that stay as they are: small, and read through their weights."""
 
 ROWS_AT_ONCE = 256

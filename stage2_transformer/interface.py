@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -32,7 +33,7 @@ class Cache(Protocol):
 
 @runtime_checkable
 class SequenceModel(Protocol):
-    """Condition -> codes, one code at a time, in raster order with depth fastest."""
+    """Condition -> codes, one code at a time, in raster order with depth fastest; pyramids coarse to fine."""
 
     @property
     def vocab_size(self) -> int:
@@ -41,7 +42,12 @@ class SequenceModel(Protocol):
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """(h, w) or (h, w, D)."""
+        """(h, w), (h, w, D), or (T,) of a pyramid."""
+        ...
+
+    @property
+    def code_depths(self) -> tuple[int, ...]:
+        """The depth of each of the T codes, or its scale in a pyramid: which of `SamplingParams` is meant."""
         ...
 
     def __call__(self, codes: Tensor, cond: Tensor | None) -> SequenceOutput:
@@ -86,6 +92,12 @@ class SequenceModel(Protocol):
             (B, n, V): entry i is the logits of the code that follows code i.
         """
         ...
+
+
+def raster_depths(code_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The depth of each code in raster order: of (h, w, D) 0 to D - 1 over and over, otherwise 0."""
+    depth = code_shape[2] if len(code_shape) == 3 else 1
+    return tuple(n % depth for n in range(math.prod(code_shape)))
 
 
 def flatten_codes(codes: Tensor, code_shape: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stage2_transformer.cache import RQCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
-from stage2_transformer.interface import SequenceOutput, flatten_codes
+from stage2_transformer.interface import SequenceOutput, flatten_codes, raster_depths
 from stage2_transformer.layers import (
     Transformer,
     TransformerConfig,
@@ -63,6 +63,11 @@ class RQTransformerConfig:
             raise ValueError(f"a shared embedding needs codebooks of one size, got {self.codebook_sizes}")
         if not 0 <= self.embedding_dropout < 1:
             raise ValueError(f"embedding_dropout must be in [0, 1), got {self.embedding_dropout}")
+
+    @property
+    def vocab_size(self) -> int:
+        """V, of the largest codebook."""
+        return max(self.codebook_sizes)
 
     @property
     def depth(self) -> int:
@@ -164,12 +169,17 @@ class RQTransformer(nn.Module):
     @property
     def vocab_size(self) -> int:
         """V, of the largest codebook."""
-        return max(self.config.codebook_sizes)
+        return self.config.vocab_size
 
     @property
     def code_shape(self) -> tuple[int, ...]:
         """(h, w, D)."""
         return self.config.code_shape
+
+    @property
+    def code_depths(self) -> tuple[int, ...]:
+        """The depth of each code."""
+        return raster_depths(self.code_shape)
 
     def forward(self, codes: Tensor, cond: Tensor | None, past: Tensor | None = None) -> SequenceOutput:
         """Predict every code from the condition and the codes before it; the oracle of cached decoding.

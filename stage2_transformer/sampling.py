@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,47 +16,77 @@ from torch import Tensor
 class SamplingParams:
     """How codes are drawn.
 
-    Filters apply in this order: guidance, temperature, top-k, top-p.
+    Filters apply in this order: guidance, temperature, top-k, top-p. A tuple has one value per depth of the
+    codes, or per scale of a pyramid.
     """
 
-    temperature: float = 1.0  # logits are divided by it; 0 = greedy: always the most likely code
-    top_k: int | tuple[int, ...] | None = None  # keep the k most likely codes; a tuple: one k per depth
-    top_p: float | None = None  # keep the smallest set with this much probability, in (0, 1]; None or 1 = all
-    cfg_scale: float = 1.0  # classifier-free guidance, >= 0; 1 = off, and then half the work
+    temperature: float | tuple[float, ...] = 1.0  # divides logits; 0 = greedy: always the most likely code
+    top_k: int | tuple[int, ...] | None = None  # keep the k most likely codes
+    # keep the smallest set with this much probability, in (0, 1]; None or 1 = all
+    top_p: float | tuple[float, ...] | None = None
+    cfg_scale: float | tuple[float, ...] = (
+        1.0  # classifier-free guidance, >= 0; 1 = off, and then half the work
+    )
     window: int = 1  # codes read in a pass, >= 1; from 2 speculative: other pictures, the same distribution
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be finite and >= 0 (0 = greedy), got {self.temperature}")
-        if isinstance(self.top_k, list):
-            object.__setattr__(self, "top_k", tuple(self.top_k))
-        for k in self.top_k if isinstance(self.top_k, tuple) else (self.top_k,):
+        for name in PER_DEPTH:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for temperature in _values(self.temperature):
+            if not math.isfinite(temperature) or temperature < 0:
+                raise ValueError(f"temperature must be finite and >= 0 (0 = greedy), got {self.temperature}")
+        for k in _values(self.top_k):
             if k is not None and (type(k) is not int or k < 1):
                 raise ValueError(
                     f"top_k must be an integer of at least 1, got {self.top_k!r}; None keeps all codes"
                 )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all codes")
-        if not math.isfinite(self.cfg_scale) or self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must be finite and >= 0 (1 = no guidance), got {self.cfg_scale}")
+        for p in _values(self.top_p):
+            if p is not None and not 0 < p <= 1:
+                raise ValueError(f"top_p must be in (0, 1], got {self.top_p}; None keeps all codes")
+        for scale in _values(self.cfg_scale):
+            if not math.isfinite(scale) or scale < 0:
+                raise ValueError(f"cfg_scale must be finite and >= 0 (1 = no guidance), got {self.cfg_scale}")
         if type(self.window) is not int or self.window < 1:
             raise ValueError(
                 f"window must be an integer of at least 1 (1 = one code at a time), got {self.window!r}"
+            )
+        if self.window > 1 and isinstance(self.cfg_scale, tuple):
+            raise ValueError(
+                "speculation needs one cfg_scale for all codes, since a pass reads codes of several depths, "
+                f"got {self.cfg_scale}: name one, or set window to 1"
             )
 
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely code is taken; divided by less than 1e-30, logits may overflow float32."""
-        return self.temperature < 1e-30
+        return all(temperature < 1e-30 for temperature in _values(self.temperature))
 
-    def top_k_at(self, depth: int) -> int | None:
-        """The k of a depth."""
-        return self.top_k[depth] if isinstance(self.top_k, tuple) else self.top_k
+    @property
+    def is_guided(self) -> bool:
+        """Whether any code is drawn with guidance."""
+        return any(scale != 1 for scale in _values(self.cfg_scale))
+
+    def at(self, depth: int) -> SamplingParams:
+        """The parameters of a depth, or of a scale of a pyramid: one value each."""
+        values = {name: getattr(self, name) for name in PER_DEPTH}
+        chosen = {name: value[depth] for name, value in values.items() if isinstance(value, tuple)}
+        return replace(self, **chosen) if chosen else self
 
     def check_depths(self, num_depths: int) -> None:
-        """Raise ValueError if there is one top_k per depth, but for another number of depths."""
-        if isinstance(self.top_k, tuple) and len(self.top_k) != num_depths:
-            raise ValueError(f"top_k needs one value or one per depth ({num_depths}), got {self.top_k}")
+        """Raise ValueError if a parameter has one value per depth, but for another number of depths."""
+        for name in PER_DEPTH:
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != num_depths:
+                raise ValueError(f"{name} needs one value or one per depth ({num_depths}), got {value}")
+
+
+PER_DEPTH = ("temperature", "top_k", "top_p", "cfg_scale")
+"""Parameters that may be given for each depth."""
+
+
+def _values(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def image_seeds(seed: int, num_images: int, first: int = 0) -> list[int]:
@@ -113,25 +144,29 @@ def code_probabilities(logits: Tensor, params: SamplingParams, depth: int = 0) -
     Args:
         logits: (B, V), guidance already applied.
         params: temperature, top_k and top_p are used.
-        depth: of the code, for a top_k per depth.
+        depth: of the code, for parameters that differ by depth.
 
     Returns:
         (B, V) float32, rows sum to 1. Exactly min(k, V) codes survive top-k, ties broken by whichever comes
         first in the sort. Of top-p the code that crosses p is kept, so at least one survives.
     """
+    params = params.at(depth)
     if params.is_greedy:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-    probabilities, candidates = _filter(logits, params, depth)
+    probabilities, candidates = _filter(logits, params)
     if candidates is None:
         return probabilities
     return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, candidates, probabilities)
 
 
-def _filter(logits: Tensor, params: SamplingParams, depth: int) -> tuple[Tensor, Tensor | None]:
+def _filter(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
     """Probabilities (B, K) float32 and the codes they belong to, most likely first; None = all V in order."""
-    logits = logits.float() / params.temperature
-    size, top_k = logits.shape[-1], params.top_k_at(depth)
-    top_p = params.top_p if params.top_p != 1 else None
+    temperature, top_k, top_p = params.temperature, params.top_k, params.top_p
+    assert not isinstance(temperature, tuple)
+    assert not isinstance(top_k, tuple)
+    assert not isinstance(top_p, tuple)
+    logits, size = logits.float() / temperature, logits.shape[-1]
+    top_p = top_p if top_p != 1 else None
     if top_p is None and (top_k is None or top_k >= size):
         return torch.softmax(logits, dim=-1), None
     kept, candidates = logits.topk(size if top_k is None else min(top_k, size), dim=-1)
@@ -152,7 +187,7 @@ def sample_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 
         logits: (B, V), guidance already applied.
         params: temperature, top_k and top_p are used.
         u: (B,) float64 uniform numbers in [0, 1).
-        depth: of the code, for a top_k per depth.
+        depth: of the code, for parameters that differ by depth.
 
     Returns:
         (B,) int64: the first code whose cumulative probability exceeds u.
@@ -172,15 +207,16 @@ def draw_next(logits: Tensor, params: SamplingParams, u: Tensor, depth: int = 0)
         logits: (B, V), guidance already applied.
         params: temperature, top_k and top_p are used.
         u: (B,) float64 uniform numbers in [0, 1).
-        depth: of the code, for a top_k per depth.
+        depth: of the code, for parameters that differ by depth.
 
     Returns:
         (B,) int64 codes in [0, V), and (B,) bool, to be given to `require_finite` before they are used.
     """
+    params = params.at(depth)
     if params.is_greedy:
         largest, codes = logits.max(dim=-1)
         return codes, largest.isfinite()
-    probabilities, candidates = _filter(logits, params, depth)
+    probabilities, candidates = _filter(logits, params)
     is_finite = probabilities[
         :, 0
     ].isfinite()  # a softmax has either no number that is not finite or no other

@@ -69,7 +69,8 @@ class SpeculativeDecoder:
         begin: how many of each row are known.
         params: temperature, top_k, top_p and window are used.
         seeds: one per row.
-        code_shape: (h, w) or (h, w, D).
+        code_shape: (h, w), (h, w, D), or (T,) of a pyramid, where a guess is the code before it.
+        code_depths: the depth or scale of each code.
         vocab_size: V.
     """
 
@@ -81,6 +82,7 @@ class SpeculativeDecoder:
         *,
         seeds: Sequence[int],
         code_shape: Sequence[int],
+        code_depths: Sequence[int],
         vocab_size: int,
     ) -> None:
         batch_size, total = codes.shape
@@ -88,6 +90,7 @@ class SpeculativeDecoder:
         self.params = params
         self.total = total
         self.depth = code_shape[2] if len(code_shape) == 3 else 1
+        self.code_depths = torch.tensor(code_depths, device=codes.device)  # (T,)
         self.row_length = math.prod(code_shape[1:])
         self.width = max(1, min(params.window, total - 1))  # of a pass; the last code is never read
         self.drafts = codes.clone()
@@ -174,10 +177,11 @@ class SpeculativeDecoder:
 
     def _probabilities(self, logits: Tensor, places: Tensor) -> Tensor:
         """(R, n, V) -> the same, what the codes are drawn from."""
-        if not isinstance(self.params.top_k, tuple):
+        if self.params.at(0) is self.params:  # one value for all depths
             return code_probabilities(logits.flatten(0, 1), self.params).view_as(logits)
         probabilities = torch.empty_like(logits, dtype=torch.float32)
-        for depth in range(self.depth):
-            is_here = places % self.depth == depth
+        depths = self.code_depths[places]  # (R, n)
+        for depth in torch.unique(depths).tolist():
+            is_here = depths == depth
             probabilities[is_here] = code_probabilities(logits[is_here], self.params, depth)
         return probabilities

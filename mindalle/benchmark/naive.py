@@ -68,6 +68,11 @@ class NaiveModel:
         """(h, w) or (h, w, D)."""
         return tuple(self.model.code_shape)
 
+    @property
+    def code_depths(self) -> tuple[int, ...]:
+        """The depth of each code."""
+        return tuple(self.model.code_depths)
+
     def __call__(self, codes: Tensor, cond: Tensor | None) -> SequenceOutput:
         """The model's own full forward pass, see `SequenceModel`."""
         output: SequenceOutput = self.model(codes, cond)

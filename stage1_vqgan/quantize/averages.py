@@ -51,10 +51,10 @@ class CodebookAverages(nn.Module):
         super().__init__()
         self.config = config
         self._quantizer = (quantizer,)  # in a tuple: its parameters are not this module's
-        quantizer.requires_grad_(False)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.num_updates: Tensor
-        for i, table in enumerate(quantizer.parameters()):
+        for i, table in enumerate(quantizer.codebooks()):
+            table.requires_grad_(False)
             self.register_buffer(f"counts_{i}", torch.ones(len(table)))  # (V,) vectors per batch
             self.register_buffer(f"sums_{i}", table.detach().clone())  # (V, C)
             # (V,) batches since an entry was chosen
@@ -76,7 +76,7 @@ class CodebookAverages(nn.Module):
             return
         (quantizer,) = self._quantizer
         quantizer.fit(_join(latents.float()), self._cluster)
-        for i, table in enumerate(quantizer.parameters()):
+        for i, table in enumerate(quantizer.codebooks()):
             if _is_distributed():
                 dist.broadcast(table, src=0)  # sums on GPUs differ in their last bits from run to run
             self.get_buffer(f"sums_{i}").copy_(table)

@@ -14,7 +14,7 @@ class QuantizerOutput(NamedTuple):
     """Result of quantising latents."""
 
     latents: Tensor  # (B, C, h, w), what the decoder gets: the codes' vectors, gradient straight through
-    codes: Tensor  # int64 (B, h, w) or (B, h, w, D)
+    codes: Tensor  # int64 (B, h, w), (B, h, w, D), or (B, T) of a pyramid
     commitment_loss: Tensor  # scalar, weighted: draws the latents to their codes' vectors
     codebook_loss: Tensor  # scalar: draws the codebook to the latents; 0 where gradients do not train it
 
@@ -32,10 +32,14 @@ Cluster: TypeAlias = Callable[[Tensor, int], Tensor]
 
 
 class Quantizer(nn.Module, ABC):
-    """Latents <-> codes. Its parameters are its codebooks (V, C), one where all depths share it."""
+    """Latents <-> codes."""
 
     codebook_size: int
     """V, of the largest codebook."""
+
+    @abstractmethod
+    def codebooks(self) -> list[nn.Parameter]:
+        """The codebooks (V, C) of all depths or scales; one where all depths share it."""
 
     @abstractmethod
     def forward(self, latents: Tensor) -> QuantizerOutput:
@@ -43,7 +47,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> codes int64 (B, h, w) or (B, h, w, D)."""
+        """Latents (B, C, h, w) -> codes int64 (B, h, w), (B, h, w, D), or (B, T) of a pyramid."""
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:

@@ -68,6 +68,10 @@ class ResidualQuantizer(Quantizer):
         table: Tensor = self.tables[0 if self.config.is_shared else depth]
         return table
 
+    def codebooks(self) -> list[nn.Parameter]:
+        """The codebook (V, C) of each depth, or the shared one."""
+        return list(self.tables)
+
     def all_codebooks(self) -> Tensor:
         """All codebooks (D, V, C); smaller ones are padded with zero rows to the largest V."""
         tables = [self.table(d) for d in range(self.config.depth)]

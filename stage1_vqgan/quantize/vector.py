@@ -46,6 +46,10 @@ class VectorQuantizer(Quantizer):
         self.codebook = nn.Parameter(torch.empty(config.codebook_size, config.width))  # (V, C)
         nn.init.uniform_(self.codebook, -1.0 / config.codebook_size, 1.0 / config.codebook_size)
 
+    def codebooks(self) -> list[nn.Parameter]:
+        """The codebook (V, C)."""
+        return [self.codebook]
+
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantise latents, with gradients.
 

@@ -12,12 +12,14 @@ from stage2_transformer import (
     GPT,
     ConditionConfig,
     GPTConfig,
+    PyramidGPTConfig,
     RQTransformer,
     RQTransformerConfig,
     TransformerConfig,
 )
+from stage2_transformer.checkpoint import model_class
 
-Config: TypeAlias = GPTConfig | RQTransformerConfig
+Config: TypeAlias = GPTConfig | PyramidGPTConfig | RQTransformerConfig
 Model: TypeAlias = GPT | RQTransformer
 
 CONDITIONS = {
@@ -35,6 +37,16 @@ def blocks(**overrides: Any) -> TransformerConfig:
 def gpt(condition: str = "text", **overrides: Any) -> GPTConfig:
     defaults = {"transformer": blocks(), "vocab_size": 20, "code_shape": (2, 3)}
     return GPTConfig(condition=CONDITIONS[condition], **{**defaults, **overrides})
+
+
+def pyramid(condition: str = "text", **overrides: Any) -> PyramidGPTConfig:
+    defaults = {
+        "transformer": blocks(),
+        "scales": (1, 2, 2),
+        "codebook_sizes": (20, 20, 20),
+        "codebook_width": 6,
+    }
+    return PyramidGPTConfig(condition=CONDITIONS[condition], **{**defaults, **overrides})
 
 
 def rq(condition: str = "class", **overrides: Any) -> RQTransformerConfig:
@@ -59,6 +71,10 @@ MODELS: dict[str, Config] = {
     "gpt_none": gpt("none"),
     "gpt_residual_codes": gpt("text", code_shape=(2, 2, 3)),
     "gpt_plain_blocks": gpt("class", transformer=blocks(**PLAIN)),
+    "pyramid_text": pyramid("text"),
+    "pyramid_class": pyramid("class", scales=(1, 3), codebook_sizes=(20, 20)),
+    "pyramid_sizes": pyramid("text", codebook_sizes=(7, 20, 13)),
+    "pyramid_no_canvas": pyramid("none", reads_canvas=False),
     "rq_text": rq("text"),
     "rq_class": rq("class"),
     "rq_class_null": rq("class_null"),
@@ -81,14 +97,23 @@ MODELS: dict[str, Config] = {
     "rq_one_position": rq(code_shape=(1, 1, 4)),
 }
 CONDITIONAL = [name for name, config in MODELS.items() if config.condition.kind != "none"]
-SIX = ["gpt_text", "gpt_class", "gpt_residual_codes", "rq_text", "rq_class", "rq_sizes_per_depth"]
+SOME = [
+    "pyramid_text",
+    "pyramid_sizes",
+    "gpt_text",
+    "gpt_class",
+    "gpt_residual_codes",
+    "rq_text",
+    "rq_class",
+    "rq_sizes_per_depth",
+]
 """Enough where a property does not depend on the model's inside."""
 
 
 def build(config: Config | str, seed: int = 0) -> Model:
     config = MODELS[config] if isinstance(config, str) else config
     generator = torch.Generator().manual_seed(seed)
-    model = GPT(config) if isinstance(config, GPTConfig) else RQTransformer(config, draw_codebook(config))
+    model: Model = model_class(config)(config, draw_codebook(config))
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -99,10 +124,10 @@ def build(config: Config | str, seed: int = 0) -> Model:
     return model.eval()
 
 
-def draw_codebook(config: RQTransformerConfig, seed: int = 0) -> Tensor | None:
-    if not config.has_codebook_body and not config.has_codebook_head:
+def draw_codebook(config: Config, seed: int = 0) -> Tensor | None:
+    if isinstance(config, GPTConfig) or (isinstance(config, RQTransformerConfig) and not config.has_codebook):
         return None
-    shape = (config.depth, max(config.codebook_sizes), config.codebook_width)
+    shape = (len(config.codebook_sizes), config.vocab_size, config.codebook_width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -110,6 +135,8 @@ def code_sizes(config: Config) -> Tensor:
     """How many values the code at each place can take, (T,)."""
     if isinstance(config, GPTConfig):
         return torch.full((config.num_codes,), config.vocab_size)
+    if isinstance(config, PyramidGPTConfig):
+        return torch.tensor(config.codebook_sizes)[list(config.code_depths)]
     return torch.tensor(config.codebook_sizes).repeat(config.num_positions)
 
 

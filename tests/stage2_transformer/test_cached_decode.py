@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from sequence_models import CONDITIONAL, MODELS, SIX, Model, build, draw_codes, draw_cond, flat_logits
+from sequence_models import CONDITIONAL, MODELS, SOME, Model, build, draw_codes, draw_cond, flat_logits
 from torch import Tensor
 
 BATCH = 4
@@ -145,7 +145,7 @@ def test_a_prompt_serves_as_many_rows_as_there_are_rows_per_prompt(name: str, nu
 
 
 @pytest.mark.parametrize(
-    ("name", "script"), [*itertools.product(SIX, SCRIPTS), *itertools.product(MODELS, RANDOM)]
+    ("name", "script"), [*itertools.product(SOME, SCRIPTS), *itertools.product(MODELS, RANDOM)]
 )
 def test_the_logits_of_a_row_follow_from_its_codes_alone(name: str, script: str) -> None:
     config, model = MODELS[name], build(name)
@@ -187,7 +187,7 @@ def test_the_logits_of_a_row_follow_from_its_codes_alone(name: str, script: str)
         assert [cache.num_codes[row] for row in filled] == [done[row] for row in filled]
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 class TestErrors:
     def test_more_codes_than_an_image_has(self, name: str) -> None:
         model, codes, cond = build(name), draw_codes(MODELS[name], 2).flatten(1), draw_cond(MODELS[name], 2)

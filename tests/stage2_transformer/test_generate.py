@@ -12,7 +12,7 @@ import torch
 from oracle import sampling as oracle
 from sequence_models import (
     MODELS,
-    SIX,
+    SOME,
     Model,
     blocks,
     build,
@@ -81,7 +81,7 @@ def params_for(name: str, setting: str) -> SamplingParams:
     ("name", "setting"),
     [
         *itertools.product(MODELS, ["greedy", "filtered"]),
-        *itertools.product(SIX, ["plain", "guided", "greedy guided"]),
+        *itertools.product(SOME, ["plain", "guided", "greedy guided"]),
     ],
 )
 def test_generate_equals_decoding_by_full_forwards(name: str, setting: str) -> None:
@@ -94,7 +94,7 @@ def test_generate_equals_decoding_by_full_forwards(name: str, setting: str) -> N
 
 @torch.no_grad()
 @pytest.mark.parametrize("count", [0, 1, 4, -1, None])  # 4: within a position of three codes; None: all
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_known_codes_stay_and_the_rest_follows_from_them(name: str, count: int | None) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 2)
     for setting, batch in (("plain", 1), ("guided", 4)):
@@ -110,7 +110,7 @@ def test_known_codes_stay_and_the_rest_follows_from_them(name: str, count: int |
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        *((name, "plain") for name in (*SIX, "gpt_none", "rq_none")),
+        *((name, "plain") for name in (*SOME, "gpt_none", "rq_none")),
         *((name, "guided") for name in ("gpt_text", "rq_sizes_per_depth")),
     ],
 )
@@ -127,7 +127,7 @@ def test_an_image_is_the_same_in_any_batch(name: str, setting: str) -> None:
     assert torch.equal(codes, together[shuffled])
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_an_image_is_the_same_beside_other_prompts(name: str) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 4)
     for scale in (1.0, 2.0):
@@ -153,7 +153,7 @@ def test_an_image_is_the_same_with_two_threads(make: Any) -> None:
     assert torch.equal(*codes)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_greedy_ignores_seeds_and_sampling_does_not(name: str) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 1)
     assert torch.equal(
@@ -164,7 +164,7 @@ def test_greedy_ignores_seeds_and_sampling_does_not(name: str) -> None:
     assert torch.equal(other[0], other[1])
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_neither_the_global_generator_nor_the_inputs_are_touched(name: str) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 2)
     before, weights = cond.clone(), {key: value.clone() for key, value in model.state_dict().items()}
@@ -200,7 +200,7 @@ class CountingModel:
         return self.model.decode(codes, cache, rows)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_without_guidance_no_unconditional_half_is_computed_and_a_prompt_is_read_once(name: str) -> None:
     model, cond = CountingModel(build(name)), draw_cond(MODELS[name], 2)
     steps = math.prod(MODELS[name].code_shape) - 1
@@ -212,7 +212,7 @@ def test_without_guidance_no_unconditional_half_is_computed_and_a_prompt_is_read
     assert model.num_rows[steps:] == [16] * steps
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_guidance_of_almost_one_is_almost_none(name: str) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 2)
     codes = [generate(model, cond, SamplingParams(cfg_scale=s), seeds=SEEDS) for s in (1.0, 1 + 1e-6, 4.0)]
@@ -221,7 +221,7 @@ def test_guidance_of_almost_one_is_almost_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 4])
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_on_step_sees_every_code_once(name: str, count: int) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 1)
     known = draw_codes(MODELS[name], 1).flatten(1)[:, :count]
@@ -242,7 +242,7 @@ def test_on_step_sees_every_code_once(name: str, count: int) -> None:
     assert [num_done for num_done, _ in again] == [num_done for num_done, _ in steps]
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_drawn_codes_can_be_trained_on(name: str) -> None:
     """They used to be inference tensors, which autograd refuses to save and which cannot be edited."""
     model, cond = build(name), draw_cond(MODELS[name], 2)

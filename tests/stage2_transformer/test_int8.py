@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sequence_models import MODELS, SIX, blocks, build, draw_codes, draw_cond, flat_logits, gpt
+from sequence_models import MODELS, SOME, blocks, build, draw_codes, draw_cond, flat_logits, gpt
 from torch import Tensor, nn
 
 from stage2_transformer import GPT, RQTransformer, SamplingParams, generate
@@ -128,7 +128,7 @@ class TestModels:
         assert not torch.equal(got, expected)
         assert float((got - expected)[seen].norm() / expected[seen].norm()) < 0.1
 
-    @pytest.mark.parametrize("name", SIX)
+    @pytest.mark.parametrize("name", SOME)
     def test_what_is_replaced(self, name: str) -> None:
         model = quantize_(build(name))
         assert precision_of(model) == "int8"
@@ -154,7 +154,7 @@ class TestModels:
             expected = rounded(linear, x, classifier.layers[depth].levels)  # type: ignore[arg-type]
             torch.testing.assert_close(classifier(x, depth).double(), expected, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("name", SIX)
+    @pytest.mark.parametrize("name", SOME)
     def test_cached_decode_is_the_full_forward_pass(self, name: str) -> None:
         model = quantize_(build(name))
         codes, cond = draw_codes(MODELS[name], 2).flatten(1), draw_cond(MODELS[name], 2)

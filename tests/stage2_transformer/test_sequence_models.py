@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sequence_models import (
     CONDITIONAL,
     MODELS,
-    SIX,
+    SOME,
     Config,
     Model,
     blocks,
@@ -266,7 +266,7 @@ def test_condition_errors(kind: str, message: str) -> None:
         model.prefill(cond, model.make_cache(2))
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_code_errors(name: str) -> None:
     config, model = MODELS[name], build(name)
     codes, cond = draw_codes(config, 2), draw_cond(config, 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sequence_models import MODELS, SIX, Model, build, draw_codes, draw_cond, flat_logits, gpt, rq
+from sequence_models import MODELS, SOME, Model, build, draw_codes, draw_cond, flat_logits, gpt, rq
 from torch import Tensor
 
 from stage2_transformer import SamplingParams, code_probabilities, generate, image_seeds, iterate_codes
@@ -151,18 +151,18 @@ def test_a_broken_test_of_drafts_would_show(
 
 
 @pytest.mark.parametrize(
-    ("name", "window"), [*((name, 3) for name in MODELS), *((name, 100) for name in SIX)]
+    ("name", "window"), [*((name, 3) for name in MODELS), *((name, 100) for name in SOME)]
 )
 def test_greedy_equals_plain_decoding(name: str, window: int) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 2)
-    scales = (1.0, 2.5) if name in SIX else (1.0,)
+    scales = (1.0, 2.5) if name in SOME else (1.0,)
     for scale in scales:
         plain = generate(model, cond, SamplingParams(temperature=0, cfg_scale=scale), seeds=SEEDS[:4])
         params = SamplingParams(temperature=0, cfg_scale=scale, window=window)
         assert torch.equal(generate(model, cond, params, seeds=SEEDS[:4]), plain)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_an_image_is_the_same_in_any_batch(name: str) -> None:
     """Rows of a batch are at different codes at a time, and finish one after the other."""
     model, cond = build(name), draw_cond(MODELS[name], 1)
@@ -178,7 +178,7 @@ def test_an_image_is_the_same_in_any_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, -1, None])
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_known_codes_stay_and_the_rest_follows_from_them(name: str, count: int | None) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 2)
     known = draw_codes(MODELS[name], 4, seed=9).flatten(1)[:, :count]
@@ -190,7 +190,7 @@ def test_known_codes_stay_and_the_rest_follows_from_them(name: str, count: int |
         assert torch.equal(codes.flatten(1)[:, : known.shape[1]], known)
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_steps_show_final_codes_and_are_fewer(name: str) -> None:
     model, cond = build(name), draw_cond(MODELS[name], 1)
     params = SamplingParams(temperature=0.3, window=6)

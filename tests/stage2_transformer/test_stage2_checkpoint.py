@@ -14,7 +14,7 @@ from oracle import rq_transformer as oracle_rq
 from oracle import rqvae as oracle_rqvae
 from oracle import sampling as oracle_sampling
 from oracle.make import Release, make_mindalle, make_mindalle_finetuned, make_rq
-from sequence_models import CONDITIONS, MODELS, SIX, Model, build, draw_codebook, draw_codes, draw_cond, rq
+from sequence_models import CONDITIONS, MODELS, SOME, Model, build, draw_codebook, draw_codes, draw_cond, rq
 from torch import Tensor
 
 from checkpoint_io import CheckpointError, config_to_mapping, find_parts, write_safetensors
@@ -234,7 +234,7 @@ def test_native_checkpoints_hold_every_model(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.skipif(not has_int8(), reason="no FBGEMM on this machine")
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize("name", SOME)
 def test_int8_from_a_file_is_int8_from_memory(tmp_path: Path, name: str) -> None:
     config = MODELS[name]
     _save_native(tmp_path, config, build(name))
