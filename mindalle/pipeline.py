@@ -338,6 +338,11 @@ class Pipeline:
         Raises:
             ValueError: if `keep_rows` is out of range.
         """
+        if len(self.image_tokenizer.code_shape) == 1:
+            raise ValueError(
+                "keep_rows needs codes in rows, and this model draws a pyramid of codes, coarse to fine: "
+                "complete pictures with a model of one grid"
+            )
         rows, size = self.image_tokenizer.code_shape[0], self.image_tokenizer.convnet.image_size
         if not 1 <= keep_rows < rows:
             raise ValueError(f"keep_rows must be between 1 and {rows - 1} rows of codes, got {keep_rows}")

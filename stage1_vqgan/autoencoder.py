@@ -42,6 +42,20 @@ class QuantizedAutoencoder(nn.Module):
         """Shape of one image's codes at the training resolution."""
         raise NotImplementedError
 
+    def code_shape_at(self, image_size: int) -> tuple[int, ...]:
+        """The shape of the codes of a square image of another size.
+
+        Raises:
+            ValueError: if there are none of that size.
+        """
+        if image_size % self.downsampling:
+            raise ValueError(
+                f"image_size must be a multiple of {self.downsampling} for this image tokenizer, "
+                f"got {image_size}"
+            )
+        side = image_size // self.downsampling
+        return (side, side, *self.code_shape[2:])
+
     @property
     def downsampling(self) -> int:
         """Pixels per code along each side."""
@@ -50,6 +64,25 @@ class QuantizedAutoencoder(nn.Module):
     def codebook(self) -> Tensor:
         """All codebooks (D, V, C), padded with zero rows to the largest V: what an RQ-Transformer reads."""
         return self.quantizer.all_codebooks()
+
+    def by_depth(self, codes: Tensor) -> list[Tensor]:
+        """Codes (B, *code_shape) -> those of each depth, or scale of a pyramid, (B, T of that depth)."""
+        depth = len(self.codebook_sizes)
+        return list(codes.reshape(len(codes), -1, depth).unbind(dim=-1))  # (B, T D) -> D times (B, T)
+
+    def coarse_to_fine(self, codes: Tensor) -> list[Tensor]:
+        """The codes of 1, 2, ... D depths, or scales of a pyramid, which decode to ever finer pictures.
+
+        Args:
+            codes: (B, *code_shape).
+
+        Returns:
+            (B, h, w, 1) to (B, h, w, D), or (B, 1) to (B, T) of a pyramid; the codes alone where there is one
+            depth.
+        """
+        if codes.ndim == 3:
+            return [codes]
+        return [codes[..., :depth] for depth in range(1, codes.shape[-1] + 1)]
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents before quantisation (B, C, h, w)."""
@@ -69,6 +102,7 @@ class QuantizedAutoencoder(nn.Module):
 
         Returns:
             int64 (B, h, w) or (B, h, w, D), in [0, V), with h = H / downsampling; coarse to fine along D.
+            (B, T) of a pyramid.
 
         Raises:
             ValueError: if the shape or dtype is not that of images.

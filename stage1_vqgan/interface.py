@@ -26,6 +26,14 @@ class ImageTokenizer(Protocol):
         """Pixels per code along each side: image sides are multiples of it."""
         ...
 
+    def by_depth(self, codes: Tensor) -> list[Tensor]:
+        """Codes (B, *code_shape) -> those of each depth, or scale of a pyramid, (B, T of that depth)."""
+        ...
+
+    def coarse_to_fine(self, codes: Tensor) -> list[Tensor]:
+        """The codes of 1, 2, ... depths, or scales of a pyramid, which decode to ever finer pictures."""
+        ...
+
     def encode(self, images: Tensor) -> Tensor:
         """Compress images to codes.
 
@@ -47,20 +55,6 @@ class ImageTokenizer(Protocol):
             (B, 3, H, W), about [-1, 1] and not clamped.
         """
         ...
-
-
-def coarse_to_fine(codes: Tensor) -> list[Tensor]:
-    """The codes of 1, 2, ... D depths, which decode to ever finer pictures.
-
-    Args:
-        codes: (B, h, w, D), or (B, h, w) for codes without depth.
-
-    Returns:
-        D tensors (B, h, w, 1) to (B, h, w, D); the codes alone where there is no depth.
-    """
-    if codes.ndim == 3:
-        return [codes]
-    return [codes[..., :depth] for depth in range(1, codes.shape[-1] + 1)]
 
 
 def check_images(images: Tensor, downsampling: int) -> None:
@@ -92,7 +86,7 @@ def check_codes(codes: Tensor, codebook_size: int, ndim: int) -> None:
     Args:
         codes: should be int64 with `ndim` dimensions, in [0, codebook_size).
         codebook_size: V.
-        ndim: 3 for (B, h, w), 4 for (B, h, w, D).
+        ndim: 2 for (B, T), 3 for (B, h, w), 4 for (B, h, w, D).
 
     Raises:
         ValueError: says what was got and expected.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.convnet import ConvNetConfig
@@ -49,6 +50,27 @@ class PyramidVAE(QuantizedAutoencoder):
     def code_shape(self) -> tuple[int]:
         """(T,)."""
         return (self.config.quantizer.ends[-1],)
+
+    def code_shape_at(self, image_size: int) -> tuple[int, ...]:
+        """(T,); of the config's size alone.
+
+        Raises:
+            ValueError: if the size is another.
+        """
+        if image_size != self.convnet.image_size:
+            raise ValueError(
+                f"image_size must be {self.convnet.image_size}, got {image_size}: "
+                "a pyramid of codes is made for pictures of one size"
+            )
+        return self.code_shape
+
+    def by_depth(self, codes: Tensor) -> list[Tensor]:
+        """Codes (B, T) -> those of each scale (B, s * s)."""
+        return list(torch.split(codes, [side * side for side in self.config.quantizer.scales], dim=1))
+
+    def coarse_to_fine(self, codes: Tensor) -> list[Tensor]:
+        """Codes (B, T) -> those up to the end of each scale."""
+        return [codes[:, :end] for end in self.config.quantizer.ends]
 
     @torch.no_grad()
     def start_from(self, other: QuantizedAutoencoder) -> None:

@@ -158,8 +158,8 @@ def check_fit(config: ModelConfig, code_shape: tuple[int, ...], codebook: Tensor
     """
     if config.vocab_size != codebook.shape[1]:
         raise CheckpointError(
-            f"{source}: the sequence model has a vocabulary of {config.vocab_size} codes, its image tokenizer "
-            f"{codebook.shape[1]}: both must come from one release"
+            f"{source}: the sequence model has a vocabulary of {config.vocab_size} codes, its image "
+            f"tokenizer {codebook.shape[1]}: both must come from one release"
         )
     if tuple(config.code_shape) != tuple(code_shape):
         raise CheckpointError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from torch import Tensor
 
 from stage2_transformer.conditioning import PAD_ID
-from stage2_transformer.interface import SequenceOutput
+from stage2_transformer.interface import SequenceOutput, raster_depths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class SequenceLossConfig:
     code_weight: float = 1.0  # of the codes' cross-entropy, >= 0
     text_weight: float = 0.1  # of the text's, >= 0; not used by models that read no text
     ignores_padding: bool = False  # leave padding out of the text's; the originals learn to predict it
-    depth_weights: tuple[float, ...] = ()  # of the depths' codes, >= 0 and relative; () = all depths alike
+    # of the codes of each depth, or scale of a pyramid, >= 0 and relative; () = all codes alike
+    depth_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if any(weight < 0 for weight in self.depth_weights) or (
@@ -43,7 +45,7 @@ class SequenceLosses(NamedTuple):
     total: Tensor  # weighted sum, what is minimised
     code: Tensor  # mean over all codes
     text: Tensor | None  # mean over the text ids but the first; None where no text is predicted
-    by_depth: Tensor | None  # (D,), of `code`; None for codes without depth
+    by_depth: Tensor | None  # (D,), of `code`, by depth or scale; None where there is one
 
 
 def sequence_losses(
@@ -52,15 +54,17 @@ def sequence_losses(
     cond: Tensor | None,
     config: SequenceLossConfig,
     targets: Tensor | None = None,
+    code_depths: Sequence[int] | None = None,
 ) -> SequenceLosses:
     """All losses of a batch.
 
     Args:
         output: of the model for `codes` and `cond`.
-        codes: int64 (B, h, w) or (B, h, w, D).
+        codes: int64 (B, *code_shape).
         cond: what the model read; its text ids (B, N) are what the text is compared with.
         config: weights.
         targets: (B, *code_shape, V), probabilities that replace the codes as what is to be predicted.
+        code_depths: the depth or scale of each of the T codes; None = of codes in raster order.
 
     Returns:
         The losses.
@@ -74,8 +78,14 @@ def sequence_losses(
     else:
         per_code = soft_cross_entropy(output.logits, targets)
     code = per_code.mean()
-    by_depth = reduce(per_code, "b h w d -> d", "mean") if per_code.ndim == 4 else None
-    total = config.code_weight * (_weighted(by_depth, config.depth_weights) if config.depth_weights else code)
+    depths = torch.tensor(code_depths or raster_depths(tuple(codes.shape[1:])), device=codes.device)  # (T,)
+    counts = torch.bincount(depths)  # (D,)
+    by_depth = None
+    if len(counts) > 1:
+        means = per_code.flatten(1).mean(dim=0)  # (B, T) -> (T,)
+        by_depth = torch.zeros_like(counts, dtype=means.dtype).index_add(0, depths, means) / counts
+    weights = config.depth_weights
+    total = config.code_weight * (_weighted(by_depth, counts, weights) if weights else code)
     text = None
     # a text of a single id has no second one to predict
     if output.text_logits is not None and cond is not None and cond.shape[1] > 1:
@@ -84,14 +94,15 @@ def sequence_losses(
     return SequenceLosses(total, code, text, by_depth)
 
 
-def _weighted(by_depth: Tensor | None, weights: tuple[float, ...]) -> Tensor:
-    """Weighted mean of the losses (D,) of the depths."""
+def _weighted(by_depth: Tensor | None, counts: Tensor, weights: tuple[float, ...]) -> Tensor:
+    """Weighted mean over all codes, from the losses and the numbers of codes (D,) of the depths."""
     if by_depth is None or len(by_depth) != len(weights):
         found = "no depth" if by_depth is None else f"{len(by_depth)} depths"
         raise ValueError(
             f"depth_weights has {len(weights)} weights, the codes have {found}: name one for each, or none"
         )
-    return torch.sum(by_depth * by_depth.new_tensor(weights)) / sum(weights)
+    shares = counts * by_depth.new_tensor(weights)
+    return torch.sum(by_depth * shares) / shares.sum()
 
 
 def code_cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:

@@ -121,14 +121,11 @@ class PyramidGPT(GPT):
     def _read(self, codes: Tensor) -> Tensor:
         """The inputs (B, T - 1, C) of all codes (B, T) but the last."""
         vectors = self._vectors(codes, self.depths)
-        x = (
-            self.code_embedding(vectors[:, :-1])
-            + self.code_positions[:-1]
-            + self.scale_embedding[self.depths[1:]]
+        # (T - 1, T) @ (B, T, C') -> (B, T - 1, C')
+        canvas = None if self.canvas is None else self.canvas[1:] @ vectors
+        return self._inputs(
+            vectors[:, :-1], canvas, torch.arange(self.config.num_codes - 1, device=codes.device)
         )
-        if self.canvas is not None and self.canvas_embedding is not None:
-            x = x + self.canvas_embedding(self.canvas[1:] @ vectors)  # (T - 1, T) @ (B, T, C')
-        return x
 
     def _read_next(self, codes: Tensor, cache: KVCache, rows: Sequence[int], starts: Sequence[int]) -> Tensor:
         """The inputs (R, n, C) of the next codes (R, n) of rows that have read `starts` codes."""
@@ -137,18 +134,19 @@ class PyramidGPT(GPT):
         vectors = self._vectors(codes, self.depths[places])  # (R, n, C')
         row_index = torch.tensor(list(rows), device=codes.device)[:, None]  # (R, 1)
         cache.vectors[row_index, places] = vectors
-        x = (
-            self.code_embedding(vectors)
-            + self.code_positions[places]
-            + self.scale_embedding[self.depths[places + 1]]
-        )
-        if self.canvas is not None and self.canvas_embedding is not None:
+        canvas = None
+        if self.canvas is not None:
             end = max(starts) + codes.shape[1]
-            reach = self.canvas[
-                places + 1, :end
-            ]  # (R, n, end); zero for codes of the same scale and later ones
-            x = x + self.canvas_embedding(reach @ cache.vectors[row_index[:, 0], :end])
-        return x  # type: ignore[no-any-return]
+            reach = self.canvas[places + 1, :end]  # (R, n, end); zero but for codes of coarser scales
+            canvas = reach @ cache.vectors[row_index[:, 0], :end]
+        return self._inputs(vectors, canvas, places)
+
+    def _inputs(self, vectors: Tensor, canvas: Tensor | None, places: Tensor) -> Tensor:
+        """Vectors (B, n, C') of the codes at places, and the next codes' canvas, or None -> (B, n, C)."""
+        x: Tensor = self.code_embedding(vectors) + self.code_positions[places]
+        if canvas is not None and self.canvas_embedding is not None:
+            x = x + self.canvas_embedding(canvas)
+        return x + self.scale_embedding[self.depths[places + 1]]
 
     def _vectors(self, codes: Tensor, depths: Tensor) -> Tensor:
         """The codebook vectors (B, n, C') of codes (B, n) of the scales (n,) or (B, n)."""

@@ -23,6 +23,9 @@ from stage1_vqgan import (
     RQVAE,
     VQGAN,
     ConvNetConfig,
+    PyramidQuantizerConfig,
+    PyramidVAE,
+    PyramidVAEConfig,
     ResidualQuantizerConfig,
     RQVAEConfig,
     VectorQuantizerConfig,
@@ -89,6 +92,20 @@ def tiny_rqvae() -> RQVAE:
         # half of the entries look like latents, half like what a first code leaves over
         _spread(table[:12], vectors)
         _spread(table[12:], 0.5 * (vectors - vectors.roll(1, dims=0)))
+    return model
+
+
+@pytest.fixture
+def tiny_pyramid() -> PyramidVAE:
+    """16x16 pixels, codes (25,) of scales 1, 2, 2, 4, a codebook of at most V = 24 per scale, phi at work."""
+    quantizer = PyramidQuantizerConfig(scales=(1, 2, 2, 4), codebook_sizes=(9, 24, 24, 24), width=8)
+    with _seeded(0), torch.no_grad():
+        model = PyramidVAE(PyramidVAEConfig(convnet=CONVNET, quantizer=quantizer)).eval()
+        for phi in model.quantizer.phi:
+            torch.nn.init.normal_(phi.weight, std=0.05)
+        vectors = _latents(model)
+        grids = rearrange(vectors, "(b h w) c -> b c h w", h=4, w=4)
+        model.quantizer.fit(grids, lambda found, number: found[torch.randperm(len(found)).repeat(9)[:number]])
     return model
 
 

@@ -61,7 +61,7 @@ def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
     source = open_source(args.data)
     tokenizer, weights_hash = identified_tokenizer(args.tokenizer, use_ema=args.ema)
     tokenizer.to(args.device)
-    if args.depths and len(tokenizer.code_shape) == 2:
+    if args.depths and len(tokenizer.codebook_sizes) == 1:
         raise UsageError("--depths is for residual codes (RQ-VAE): this tokenizer has one code per position")
     wanted = set(args.metrics or RECONSTRUCTION_METRICS)
     has_perceptual = "perceptual" in wanted and args.perceptual != "none"

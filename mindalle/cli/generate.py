@@ -101,10 +101,28 @@ def add_sampling_options(parser: Parser) -> argparse._ArgumentGroup:
     """How codes are drawn, see `sampling_params`; the group takes further options."""
     group = parser.add_argument_group("how to sample (defaults come from the checkpoint)")
     add = group.add_argument
-    add("--temperature", type=float, metavar="T", help="0 = greedy")
-    add("--top-k", type=int, nargs="+", metavar="K", help="keep the K likeliest codes; RQ: one per depth")
-    add("--top-p", type=float, metavar="P", help="keep codes with this much probability, in (0, 1]")
-    add("--cfg-scale", type=float, metavar="S", help="guidance towards the prompt; 1 = off")
+    add(
+        "--temperature",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="0 = greedy; one, or one per depth",
+    )
+    add(
+        "--top-k",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="keep the K likeliest codes; likewise",
+    )
+    add("--top-p", type=float, nargs="+", metavar="P", help="keep this much probability, in (0, 1]")
+    add(
+        "--cfg-scale",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="guidance to the prompt; 1 = off",
+    )
     add(
         "--speculative",
         type=positive_int,
@@ -161,27 +179,25 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> SamplingParams:
     """The checkpoint's defaults (before it is loaded: plain ones), except for what the user says."""
-    from stage2_transformer.sampling import SamplingParams
+    from stage2_transformer.sampling import PER_DEPTH, SamplingParams
 
-    top_k = args.top_k and (args.top_k[0] if len(args.top_k) == 1 else tuple(args.top_k))
-    given = {
-        "temperature": args.temperature,
-        "top_k": top_k,
-        "top_p": args.top_p,
-        "cfg_scale": args.cfg_scale,
-        "window": args.speculative,
+    by_depth = {name: getattr(args, name) for name in PER_DEPTH}
+    given: dict[str, Any] = {
+        name: value[0] if len(value) == 1 else tuple(value)
+        for name, value in by_depth.items()
+        if value is not None
     }
-    given = {name: value for name, value in given.items() if value is not None}
+    if args.speculative is not None:
+        given["window"] = args.speculative
     try:
         params = replace(pipe.sampling.params if pipe else SamplingParams(), **given)
         if pipe is not None:
-            shape = pipe.image_tokenizer.code_shape
-            params.check_depths(shape[2] if len(shape) == 3 else 1)
+            params.check_depths(len(pipe.image_tokenizer.codebook_sizes))
     except ValueError as error:
         raise UsageError(with_option_names(str(error))) from error
-    if pipe is not None and params.cfg_scale != 1 and _condition(pipe) == "none":
+    if pipe is not None and params.is_guided and _condition(pipe) == "none":
         raise UsageError(
-            f"--cfg-scale {params.cfg_scale:g} needs a prompt or a class to guide towards, and this model is "
+            f"--cfg-scale {params.cfg_scale} needs a prompt or a class to guide towards, and this model is "
             "unconditional: leave it out"
         )
     return params

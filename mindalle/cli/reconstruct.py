@@ -69,7 +69,7 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(resolve_model(args.model), use_ema=args.ema).to(args.device)
     size = _size(args.size, tokenizer)
-    if args.depths and len(tokenizer.code_shape) == 2:
+    if args.depths and len(tokenizer.codebook_sizes) == 1:
         raise UsageError(
             "--depths is for residual codes (RQ-VAE), and this tokenizer has one code per position"
         )
@@ -140,7 +140,6 @@ def _reconstruct(
     import torch
 
     from mindalle.image import fit, to_tensor
-    from stage1_vqgan.interface import coarse_to_fine
 
     read = ((file, _read(file, is_named=file in args.images)) for file in files)
     pictures = ((file, picture) for file, picture in read if picture is not None)
@@ -148,7 +147,7 @@ def _reconstruct(
         images = torch.stack([to_tensor(fit(picture, size)) for _, picture in batch])
         with torch.inference_mode():
             codes = tokenizer.encode(images.to(args.device))
-            kept = coarse_to_fine(codes) if args.depths else [codes]
+            kept = tokenizer.coarse_to_fine(codes) if args.depths else [codes]
             columns = [tokenizer.decode(part).cpu() for part in kept]
         yield [file for file, _ in batch], images, codes.cpu(), columns
 
@@ -170,7 +169,7 @@ class _Totals:
     """Measures over all pictures, and the first of them for the sheet."""
 
     def __init__(self, tokenizer: QuantizedAutoencoder) -> None:
-        self.codebook_size = tokenizer.codebook_size
+        self.tokenizer = tokenizer
         self.psnr: list[Tensor] = []  # (B, columns) dB of each batch
         self.counts: Tensor | None = None  # (D, V) how often each entry is used
         self.cells: list[Image.Image] = []  # row by row: the picture, its reconstructions
@@ -196,8 +195,7 @@ class _Totals:
         for file, value in zip(files, values[:, -1].tolist(), strict=True):
             say(f"{file}  PSNR {value:.2f} dB")
         self.psnr.append(values)
-        by_place = codes.flatten(1, 2) if codes.ndim == 4 else codes.flatten(1).unsqueeze(-1)  # (B, T, D)
-        counts = code_counts(by_place, self.codebook_size)
+        counts = code_counts(self.tokenizer.by_depth(codes), self.tokenizer.codebook_size)
         self.counts = counts if self.counts is None else self.counts + counts
         rows = zip(*(to_pil(column) for column in (images, *columns)), strict=True)
         self.cells += [cell for row in rows for cell in row][
@@ -220,6 +218,7 @@ class _Totals:
         for depth, (row, evenness) in enumerate(by_depth, start=1):
             lines.append(
                 f"codebook{f', depth {depth}' if len(self.counts) > 1 else ''}  {int((row > 0).sum())} of "
-                f"{self.codebook_size} entries used by {int(row.sum())} codes, perplexity {evenness:.1f}"
+                f"{self.tokenizer.codebook_size} entries used by {int(row.sum())} codes, "
+                f"perplexity {evenness:.1f}"
             )
         return lines

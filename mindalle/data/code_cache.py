@@ -215,8 +215,8 @@ class _Part:
         self.latents = None
         if plan.has_latents:
             self.latents = self._find(part_path(directory, number, ".latents.npy"), np.float16)
-            channels = self.latents.shape[2:3]
-            self._check(self.latents, (self.count, plan.num_crops, *channels, *plan.code_shape[:2]))
+            grid = plan.code_shape[:2] if len(plan.code_shape) > 1 else self.latents.shape[3:5]
+            self._check(self.latents, (self.count, plan.num_crops, *self.latents.shape[2:3], *grid))
         self.lines = part_path(directory, number, ".jsonl")
         # where each line begins, and the end
         self.places = self._find_lines()

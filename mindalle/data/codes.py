@@ -28,7 +28,7 @@ from mindalle.hub import resolve_text_tokenizer
 from mindalle.parts import PLAN
 from mindalle.run import load_image_tokenizer
 from mindalle.text import TextTokenizer
-from stage1_vqgan.quantize import ResidualQuantizer
+from stage1_vqgan.quantize import PyramidQuantizer, ResidualQuantizer
 
 logger = logging.getLogger(__name__)
 Split = Literal["train", "val"]
@@ -62,6 +62,9 @@ class CodeData(StreamData):
         soft_targets_temperature: of the distributions over codes that are to be predicted instead of the
             codes, in squared units of the latents, > 0 (RQ-VAE only); None = the codes.
         is_stochastic: draw the codes of training from these distributions, instead of taking the nearest.
+        mistakes: largest share of a training picture's codes that the model reads as a near one, in [0, 1]
+            (pyramids only); each picture's own share is uniform below it. What they leave over is quantised
+            anew, so that later scales learn to repair them; see `PyramidQuantizer.corrupt`.
 
     Raises:
         ValueError: if arguments contradict each other or are out of range.
@@ -84,12 +87,15 @@ class CodeData(StreamData):
         bpe_dropout: float = 0.0,
         soft_targets_temperature: float | None = None,
         is_stochastic: bool = False,
+        mistakes: float = 0.0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if soft_targets_temperature is not None and soft_targets_temperature <= 0:
             raise ValueError(f"soft_targets_temperature must be positive, got {soft_targets_temperature}")
         if is_stochastic and soft_targets_temperature is None:
             raise ValueError("is_stochastic draws from soft targets: set soft_targets_temperature")
+        if not 0 <= mistakes <= 1:
+            raise ValueError(f"mistakes must be in [0, 1], got {mistakes}")
         if not 0 <= bpe_dropout <= 1:
             raise ValueError(f"bpe_dropout must be in [0, 1], got {bpe_dropout}")
         self.specs: dict[Split, str | list[str]] = {"train": train}
@@ -105,6 +111,7 @@ class CodeData(StreamData):
         self.bpe_dropout = bpe_dropout
         self.temperature = soft_targets_temperature
         self.is_stochastic = is_stochastic
+        self.mistakes = mistakes
         self.caches: dict[Split, CodeCache] = {}
         """Empty before `setup`."""
 
@@ -136,8 +143,13 @@ class CodeData(StreamData):
             transform=self.transform or TransformConfig(image_size=size),
             num_crops=self.num_crops if split == "train" else 1,
             seed=self.seed,
-            has_latents=self.temperature is not None,
+            has_latents=self.needs_latents,
         )
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether codes are computed from latents at each step, not read from the cache."""
+        return self.temperature is not None or self.mistakes > 0
 
     def _directory(self, split: Split) -> Path:
         """Where the codes of a split are."""
@@ -186,6 +198,11 @@ class CodeData(StreamData):
                 "soft targets are for residual codes (RQ-VAE), and this image tokenizer has one code per "
                 "position: leave soft_targets_temperature out"
             )
+        if self.mistakes and not isinstance(tokenizer.quantizer, PyramidQuantizer):
+            raise ValueError(
+                "mistakes are for pyramids of codes, whose later scales can repair them, and this is a "
+                f"{type(tokenizer).__name__}: leave mistakes out"
+            )
         self.tokenizer = tokenizer.requires_grad_(False)
         caches = {
             split: CodeCache(self._directory(split), tokenizer_hash=tokenizer_hash) for split in self.specs
@@ -215,9 +232,10 @@ class CodeData(StreamData):
             raise ValueError(
                 f"not all pictures in {cache.directory} have a class: expected class folders, or .cls in tars"
             )
-        if self.temperature is not None and not cache.plan.has_latents:
+        if self.needs_latents and not cache.plan.has_latents:
             raise ValueError(
-                f"soft targets need latents, and {cache.directory} has none: encode again with --latents"
+                f"soft targets and mistakes need latents, and {cache.directory} has none: "
+                "encode again with --latents"
             )
 
     @property
@@ -270,17 +288,17 @@ class CodeData(StreamData):
             seed=self.seed,
             is_train=is_train,
             bpe_dropout=self.bpe_dropout,
-            has_latents=self.temperature is not None,
+            has_latents=self.needs_latents,
         )
         stream = Stream(codes, **self.stream_settings(is_train=is_train))
         return StreamLoader(stream, num_workers=self.num_workers)
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Compute the soft targets where the batch is: they are too large to come from another process.
+        """Compute codes from latents where the batch is: soft targets are too large for another process.
 
         Args:
-            batch: with `latents`, it gets `targets` and the codes that go with them.
+            batch: with `latents`, it gets `codes` and the `targets` or the `past` that go with them.
             dataloader_idx: of no account.
 
         Returns:
@@ -290,15 +308,22 @@ class CodeData(StreamData):
             return batch
         latents, seed = batch["latents"].float(), batch["seed"]
         quantizer = self.tokenizer.quantizer.to(latents.device)
+        generator = None if seed is None else torch.Generator(latents.device).manual_seed(seed)
+        kept = {name: value for name, value in batch.items() if name not in ("latents", "seed")}
+        if isinstance(quantizer, PyramidQuantizer):
+            if seed is None:
+                return kept
+            share = torch.rand(len(latents), generator=generator, device=latents.device) * self.mistakes
+            read, codes = quantizer.corrupt(latents, share=share, generator=generator)
+            return {**kept, "codes": codes, "past": read}
         assert isinstance(quantizer, ResidualQuantizer)
         assert self.temperature is not None
         targets, codes = quantizer.soft_codes(
             latents,
             self.temperature,
             sample=self.is_stochastic and seed is not None,
-            generator=None if seed is None else torch.Generator(latents.device).manual_seed(seed),
+            generator=generator,
         )
-        kept = {name: value for name, value in batch.items() if name not in ("latents", "seed")}
         return {**kept, "codes": codes, "targets": targets}
 
 

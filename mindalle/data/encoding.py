@@ -66,13 +66,10 @@ def _plan(job: EncodingJob, tokenizer: QuantizedAutoencoder, tokenizer_hash: str
         raise ValueError(
             f"codes are stored as uint16, so V must be at most 65536, got {tokenizer.codebook_size}"
         )
-    size, step = job.transform.image_size, tokenizer.downsampling
-    if size % step:
-        raise ValueError(f"image_size must be a multiple of {step} for this image tokenizer, got {size}")
     return CachePlan(
         tokenizer=tokenizer_hash,
         codebook_size=tokenizer.codebook_size,
-        code_shape=(size // step, size // step, *tokenizer.code_shape[2:]),
+        code_shape=tokenizer.code_shape_at(job.transform.image_size),
         num_crops=job.num_crops,
         has_latents=job.has_latents,
         transform=config_to_mapping(job.transform),

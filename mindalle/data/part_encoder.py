@@ -117,8 +117,9 @@ class PartEncoder:
 
     def _nothing(self) -> tuple[NDArray[np.uint16], NDArray[np.float16]]:
         """Codes and latents of no pictures: a part may have none that can be read."""
-        side = self.job.transform.image_size // self.tokenizer.downsampling
-        codes = np.empty((0, side, side, *self.tokenizer.code_shape[2:]), np.uint16)
+        size = self.job.transform.image_size
+        side = size // self.tokenizer.downsampling
+        codes = np.empty((0, *self.tokenizer.code_shape_at(size)), np.uint16)
         return codes, np.empty((0, self.tokenizer.codebook().shape[-1], side, side), np.float16)
 
     def _write_lines(self, number: int, suffix: str, lines: Iterable[Mapping[str, Any]]) -> None:

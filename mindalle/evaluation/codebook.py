@@ -12,11 +12,13 @@ from mindalle.evaluation.results import Measure
 from stage1_vqgan.quantize.usage import code_counts, perplexity
 
 
-def codebook_measures(codes: Tensor, codebook_sizes: Sequence[int], *, seed: int) -> list[Measure]:
+def codebook_measures(
+    by_depth: Sequence[Tensor], codebook_sizes: Sequence[int], *, seed: int
+) -> list[Measure]:
     """Usage and perplexity of the codebook of each depth.
 
     Args:
-        codes: (n, T, D).
+        by_depth: codes (n, T) of each depth.
         codebook_sizes: V of each depth.
         seed: of the intervals.
 
@@ -26,9 +28,8 @@ def codebook_measures(codes: Tensor, codebook_sizes: Sequence[int], *, seed: int
     measures = []
     for depth, size in enumerate(codebook_sizes):
         suffix = f", depth {depth + 1}" if len(codebook_sizes) > 1 else ""
-        column = codes[..., depth : depth + 1]  # (n, T, 1)
         for name, rule in CODEBOOK_RULES.items():
-            measures.append(_codebook_measure(f"{name}{suffix}", rule, column, size, seed))
+            measures.append(_codebook_measure(f"{name}{suffix}", rule, by_depth[depth], size, seed))
     return measures
 
 
@@ -44,7 +45,7 @@ def _codebook_measure(
     metric: str, rule: Callable[[Tensor], Tensor], codes: Tensor, size: int, seed: int
 ) -> Measure:
     def measure(indices: Tensor) -> float:
-        return float(rule(code_counts(codes[indices], size)))
+        return float(rule(code_counts([codes[indices]], size)))
 
     value = measure(torch.arange(len(codes)))
     return Measure(

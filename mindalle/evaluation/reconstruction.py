@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
@@ -19,7 +18,6 @@ from mindalle.evaluation.refusal import RefusedError
 from mindalle.evaluation.results import Measure, mean_measure
 from mindalle.image import psnr, to_pil
 from stage1_vqgan import ImageTokenizer
-from stage1_vqgan.interface import coarse_to_fine
 from stage1_vqgan.perceptual import SMALLEST_SIDES, build_perceptual
 
 logger = logging.getLogger(__name__)
@@ -85,7 +83,7 @@ class Reconstructions:
     """What an image tokenizer makes of n pictures."""
 
     by_depth: tuple[ReconstructionQuality, ...]  # from 1, 2, ... D depths, or from all of them alone
-    codes: Tensor  # int32 (n, T, D); D = 1 for codes without depth
+    codes: tuple[Tensor, ...]  # of each depth int32 (n, T)
     vectors: Tensor | None  # (n, C) features of the pictures themselves
 
 
@@ -115,18 +113,17 @@ def measure_reconstruction(
     """
     codes, originals, columns = [], [], []
     for images in batches:
-        code = tokenizer.encode(images)  # (B, h, w) or (B, h, w, D)
-        kept = coarse_to_fine(code) if has_all_depths else [code]
+        code = tokenizer.encode(images)  # (B, *code_shape)
+        kept = tokenizer.coarse_to_fine(code) if has_all_depths else [code]
         columns.append([_quality(images, tokenizer.decode(part), perceptual, network) for part in kept])
-        with_depth = code if code.ndim == 4 else code[..., None]
-        codes.append(rearrange(with_depth, "b h w d -> b (h w) d").int().cpu())
+        codes.append([part.int().cpu() for part in tokenizer.by_depth(code)])
         if network is not None:
             originals.append(network.extract(to_pil(images)).vectors)
     if not codes:
         raise ValueError("there are no pictures to measure a reconstruction on")
     return Reconstructions(
         by_depth=tuple(map(_concatenate, zip(*columns, strict=True))),
-        codes=torch.cat(codes).clone(),
+        codes=tuple(map(torch.cat, zip(*codes, strict=True))),
         vectors=torch.cat(originals) if originals else None,
     )
 

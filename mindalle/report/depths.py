@@ -20,7 +20,6 @@ from mindalle.report.lab import NUM_EXAMPLES, Lab
 from mindalle.report.page import Block, Figure
 from mindalle.report.plots import Curve, Panel, draw_panels
 from mindalle.report.scores import networks, score_panels, score_table, value
-from stage1_vqgan.interface import coarse_to_fine
 
 BATCH = 32
 
@@ -51,7 +50,7 @@ def measure(lab: Lab, folder: Path) -> tuple[dict[str, Any], list[str]]:
     )
     sizes = tokenizer.codebook_sizes
     left_out = [f"Fréchet distances: {problem}"] if problem is not None else []
-    if len(tokenizer.code_shape) == 2:
+    if len(tokenizer.codebook_sizes) == 1:
         left_out.append("depths: this tokenizer has one code per position, so that there is one row")
     codebooks = codebook_measures(found.codes, sizes, seed=lab.job.seed)
     results = {
@@ -96,7 +95,7 @@ def _draw_sheet(lab: Lab, images: Tensor) -> str:
     """Pictures of the data in the first row, below them what 1, 2, ... D depths leave of them."""
     tokenizer = lab.pipe.image_tokenizer
     with torch.inference_mode():
-        kept = coarse_to_fine(tokenizer.encode(images))
+        kept = tokenizer.coarse_to_fine(tokenizer.encode(images))
         rows: list[list[Image.Image]] = [to_pil(images), *(to_pil(tokenizer.decode(part)) for part in kept)]
     return lab.write_sheet("depths.png", [image for row in rows for image in row], columns=len(images))
 

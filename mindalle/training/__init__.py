@@ -5,9 +5,9 @@ from mindalle.training.base import OptimizerConfig
 from mindalle.training.callbacks import SeededSteps, SkippedReport, StopOnNonFinite
 from mindalle.training.clip import ClipTraining
 from mindalle.training.fsdp import BlockFSDPStrategy
-from mindalle.training.sequence import GPTTraining, RQTransformerTraining
+from mindalle.training.sequence import GPTTraining, PyramidGPTTraining, RQTransformerTraining
 from mindalle.training.sheets import PromptSheet, ReconstructionSheet
-from mindalle.training.tokenizer import RQVAETraining, VQGANTraining
+from mindalle.training.tokenizer import PyramidVAETraining, RQVAETraining, VQGANTraining
 
 __all__ = [
     "AveragedWeights",
@@ -16,6 +16,8 @@ __all__ = [
     "GPTTraining",
     "OptimizerConfig",
     "PromptSheet",
+    "PyramidGPTTraining",
+    "PyramidVAETraining",
     "RQTransformerTraining",
     "RQVAETraining",
     "ReconstructionSheet",

@@ -1,4 +1,4 @@
-"""Training a sequence model on codes: GPT or RQ-Transformer, with text, classes or no condition."""
+"""Training a sequence model on codes: GPT, RQ-Transformer or a pyramid's GPT."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from mindalle.training.base import OptimizerConfig, Training
 from mindalle.training.transfer import starting_model
-from stage2_transformer import GPT, ConditionConfig, GPTConfig, RQTransformer, RQTransformerConfig
-from stage2_transformer.checkpoint import check_fit
+from stage2_transformer import (
+    GPT,
+    ConditionConfig,
+    GPTConfig,
+    PyramidGPT,
+    PyramidGPTConfig,
+    RQTransformer,
+    RQTransformerConfig,
+)
+from stage2_transformer.checkpoint import ModelConfig, check_fit
 from stage2_transformer.layers import Transformer
 from stage2_transformer.losses import SequenceLossConfig, SequenceLosses, sequence_losses
 
@@ -20,8 +28,8 @@ class SequenceTraining(Training):
     """Fits a sequence model to codes.
 
     Batches are mappings with `codes` int64 (B, *code_shape); `cond`, text ids (B, N) or labels (B,), absent
-    for an unconditional model; and with soft targets `targets` (B, *code_shape, V), the probabilities to
-    predict.
+    for an unconditional model; with soft targets `targets` (B, *code_shape, V), the probabilities to predict;
+    and with mistakes to be repaired `past` (B, *code_shape), the codes that are read, see `CodeData`.
 
     Args:
         model: GPT or RQ-Transformer.
@@ -76,8 +84,9 @@ class SequenceTraining(Training):
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is not None:
             _check_data(self.model.config, data)
-        if isinstance(self.model, RQTransformer) and self.model.codebook is not None:
-            self.model.codebook.copy_(_codebook(self.model.codebook, data))
+        codebook = getattr(self.model, "codebook", None)
+        if codebook is not None:
+            codebook.copy_(_codebook(codebook, data))
 
     def block_matrices(self) -> list[nn.Parameter]:
         """The weights of attention and MLP in all blocks of body and head."""
@@ -86,7 +95,8 @@ class SequenceTraining(Training):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """One batch, some conditions dropped; returns the loss."""
-        cond, past = self._drop_conditions(batch.get("cond")), self._disturbed(batch["codes"])
+        cond = self._drop_conditions(batch.get("cond"))
+        past = batch["past"] if "past" in batch else self._disturbed(batch["codes"])
         losses, _ = self._losses(batch, cond, past)
         self._log_losses("train", losses, len(batch["codes"]))
         return losses.total
@@ -110,9 +120,10 @@ class SequenceTraining(Training):
         """The codes (B, *code_shape) with some positions of each sample as they are in another one."""
         if self.past_noise == 0:
             return None
-        share = torch.rand(len(codes), 1, 1, device=codes.device) * self.past_noise
-        is_other = torch.rand(codes.shape[:3], device=codes.device) < share  # (B, h, w)
-        is_other = is_other.view(*is_other.shape, *[1] * (codes.ndim - 3))  # (B, h, w) or (B, h, w, 1)
+        places = codes.shape[:3]  # all depths of a place of (B, h, w, D) are read together
+        share = torch.rand(len(codes), *[1] * (len(places) - 1), device=codes.device) * self.past_noise
+        is_other = torch.rand(places, device=codes.device) < share  # (B, h, w) or (B, T)
+        is_other = is_other.view(*places, *[1] * (codes.ndim - len(places)))
         return torch.where(is_other, codes.roll(1, dims=0), codes)
 
     def _losses(
@@ -120,7 +131,9 @@ class SequenceTraining(Training):
     ) -> tuple[SequenceLosses, Tensor]:
         """Losses and logits (B, *code_shape, V)."""
         output = self.model(batch["codes"], cond, past)
-        losses = sequence_losses(output, batch["codes"], cond, self.loss_config, batch.get("targets"))
+        losses = sequence_losses(
+            output, batch["codes"], cond, self.loss_config, batch.get("targets"), self.model.code_depths
+        )
         return losses, output.logits
 
     def _log_losses(self, stage: str, losses: SequenceLosses, batch_size: int) -> None:
@@ -208,6 +221,43 @@ class RQTransformerTraining(SequenceTraining):
         )
 
 
+class PyramidGPTTraining(SequenceTraining):
+    """Fits a GPT to pyramids of codes, see `SequenceTraining`; the codebook it reads is the data module's.
+
+    Args:
+        config: of the model; None = the pretrained model's.
+        optimizer: None = the defaults.
+        loss: weights; None = the defaults.
+        null_probability: share of conditions replaced by the null condition, in [0, 1].
+        past_noise: largest share of codes read as another sample's, in [0, 1].
+        gradient_checkpointing: whether to save memory by computing blocks twice.
+        pretrained: training run, bundled name, path or release to start from, see `starting_model`.
+        condition: replaces the pretrained model's.
+    """
+
+    kind = "pyramid_gpt"
+
+    def __init__(
+        self,
+        config: PyramidGPTConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        loss: SequenceLossConfig | None = None,
+        null_probability: float = 0.0,
+        past_noise: float = 0.0,
+        gradient_checkpointing: bool = False,
+        pretrained: str | None = None,
+        condition: ConditionConfig | None = None,
+    ) -> None:
+        super().__init__(
+            starting_model(PyramidGPT, config, condition=condition, pretrained=pretrained),
+            optimizer=optimizer,
+            loss=loss,
+            null_probability=null_probability,
+            past_noise=past_noise,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+
 def _check_null(condition: ConditionConfig, null_probability: float) -> None:
     if not 0 <= null_probability <= 1:
         raise ValueError(f"null_probability must be in [0, 1], got {null_probability}")
@@ -237,7 +287,7 @@ def _codebook(expected: Tensor, data: Any) -> Tensor:
     return codebook.detach()
 
 
-def _check_data(config: GPTConfig | RQTransformerConfig, data: Any) -> None:
+def _check_data(config: ModelConfig, data: Any) -> None:
     """Refuse data of other codes or conditions, as far as the data module tells (CodeData does)."""
     if hasattr(data, "codebook"):
         code_shape = getattr(data, "code_shape", config.code_shape)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from checkpoint_io import atomic_path
 from mindalle.image import contact_sheet, to_pil
-from stage1_vqgan.interface import coarse_to_fine
 from stage2_transformer import SamplingParams, generate, image_seeds
 
 
@@ -84,7 +83,7 @@ class ReconstructionSheet(Sheet):
         """A row for each image: itself, then its reconstructions, coarse to fine."""
         images = batch["images"][: self.num_images]
         model = pl_module.model
-        columns = [images, *map(model.decode, coarse_to_fine(model.encode(images)))]
+        columns = [images, *map(model.decode, model.coarse_to_fine(model.encode(images)))]
         rows = [image for row in zip(*map(to_pil, columns), strict=True) for image in row]
         return contact_sheet(rows, columns=len(columns))
 

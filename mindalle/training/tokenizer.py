@@ -1,4 +1,4 @@
-"""Training an image tokenizer: VQGAN or RQ-VAE."""
+"""Training an image tokenizer: VQGAN, RQ-VAE or a pyramid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mindalle.image import psnr
 from mindalle.run import load_image_tokenizer
 from mindalle.training.base import OptimizerConfig, Training
-from stage1_vqgan import RQVAE, VQGAN, RQVAEConfig, VQGANConfig
+from stage1_vqgan import RQVAE, VQGAN, PyramidVAE, PyramidVAEConfig, RQVAEConfig, VQGANConfig
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
 from stage1_vqgan.perceptual import SMALLEST_SIDES
@@ -122,9 +122,7 @@ class TokenizerTraining(Training):
         reconstructions, quantized = self.model(images)
         terms = self.loss(images, reconstructions, quantized, step=self.global_step)
         self._log_terms("val", images, reconstructions, terms.total, terms.parts)
-        depth = len(self._code_counts)
-        by_place = quantized.codes.reshape(len(images), -1, depth)  # (B, h, w[, D]) -> (B, T, D)
-        self._code_counts += code_counts(by_place, self.model.codebook_size)
+        self._code_counts += code_counts(self.model.by_depth(quantized.codes), self.model.codebook_size)
 
     def on_validation_epoch_start(self) -> None:
         """Count codes anew."""
@@ -209,6 +207,43 @@ class RQVAETraining(TokenizerTraining):
     ) -> None:
         codebook = codebook or CodebookTrainingConfig()
         model = _build(RQVAE, config, pretrained)
+        super().__init__(
+            model, optimizer, loss, codebook, is_pretrained=pretrained is not None, decoder_only=decoder_only
+        )
+
+
+class PyramidVAETraining(TokenizerTraining):
+    """Fits a tokenizer with a pyramid of codes; its codebooks learn by moving averages.
+
+    Args:
+        config: of the model; None = that of `pretrained`.
+        optimizer: see `TokenizerTraining`.
+        loss: see `TokenizerTraining`.
+        codebook: of the moving averages.
+        pretrained: tokenizer with a pyramid to start from: training run, bundled name, path or release.
+        decoder_only: see `TokenizerTraining`.
+        start_from: tokenizer of any quantizer, of the same convnet and width, whose encoder and decoder are
+            taken; the codebooks start anew.
+    """
+
+    kind = "pyramid"
+
+    def __init__(
+        self,
+        config: PyramidVAEConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        loss: TokenizerLossConfig | None = None,
+        codebook: CodebookTrainingConfig | None = None,
+        pretrained: str | None = None,
+        decoder_only: bool = False,
+        start_from: str | None = None,
+    ) -> None:
+        if pretrained is not None and start_from is not None:
+            raise ValueError("pretrained and start_from contradict each other: name one of them")
+        model = _build(PyramidVAE, config, pretrained)
+        if start_from is not None:
+            model.start_from(load_image_tokenizer(start_from))
+        codebook = codebook or CodebookTrainingConfig()
         super().__init__(
             model, optimizer, loss, codebook, is_pretrained=pretrained is not None, decoder_only=decoder_only
         )

@@ -12,10 +12,11 @@ from checkpoint_io import config_to_mapping, flatten_config
 from mindalle.checkpoint import load_checkpoint
 from mindalle.hub import resolve_model
 from mindalle.run import find_run
-from stage2_transformer import GPT, STAGE2, ConditionConfig, GPTConfig, RQTransformer, RQTransformerConfig
+from stage2_transformer import GPT, STAGE2, ConditionConfig, GPTConfig, PyramidGPT, RQTransformer
+from stage2_transformer.checkpoint import Model, ModelConfig
 
 logger = logging.getLogger(__name__)
-ModelT = TypeVar("ModelT", GPT, RQTransformer)
+ModelT = TypeVar("ModelT", GPT, PyramidGPT, RQTransformer)
 
 OF_CONDITION = ("condition.", "text_head.", "text_norm.")
 """How the names begin of what reads and predicts a condition, and is of no use for another one."""
@@ -23,7 +24,7 @@ OF_CONDITION = ("condition.", "text_head.", "text_norm.")
 
 def starting_model(
     cls: type[ModelT],
-    config: GPTConfig | RQTransformerConfig | None,
+    config: ModelConfig | None,
     *,
     condition: ConditionConfig | None = None,
     pretrained: str | None = None,
@@ -54,7 +55,7 @@ def starting_model(
             raise ValueError("a sequence model needs a config, or the name of a model as pretrained")
         return _new_model(cls, config)
     source = _load(pretrained)
-    if not isinstance(source, cls):
+    if type(source) is not cls:
         found = "no sequence model" if source is None else f"a {type(source).__name__}"
         raise ValueError(f"pretrained: {pretrained} holds {found}, expected a {cls.__name__}")
     if config is None:
@@ -65,33 +66,30 @@ def starting_model(
             f"the config is not that of the pretrained model {pretrained}: {'; '.join(differing)}. Leave "
             "config out to take the pretrained's; only condition and dropout may differ"
         )
-    model = _new_model(cls, config, source.codebook if isinstance(source, RQTransformer) else None)
+    model = _new_model(cls, config, getattr(source, "codebook", None))
     _transfer(model, source, pretrained)
     return model
 
 
-def _load(name: str) -> GPT | RQTransformer | None:
+def _load(name: str) -> Model | None:
     """The sequence model of a checkpoint, None if it has none."""
     path = resolve_model(name)
     run = find_run(path)
     if run is None:
         return load_checkpoint(path).model
-    model: GPT | RQTransformer | None = run.build(_zeros(run.config)) if run.kind in STAGE2 else None
+    model: Model | None = run.build(_zeros(run.config)) if run.kind in STAGE2 else None
     return model
 
 
-def _zeros(config: GPTConfig | RQTransformerConfig) -> torch.Tensor:
+def _zeros(config: ModelConfig) -> torch.Tensor:
     """In place of a codebook (D, V, C) that is not known yet."""
     if isinstance(config, GPTConfig):
         return torch.zeros(0)
-    return torch.zeros(config.depth, max(config.codebook_sizes), config.codebook_width)
+    return torch.zeros(len(config.codebook_sizes), config.vocab_size, config.codebook_width)
 
 
 def _new_model(cls: type[ModelT], config: Any, codebook: torch.Tensor | None = None) -> ModelT:
-    if cls is RQTransformer and codebook is None:
-        codebook = _zeros(config)
-    arguments = (config, codebook) if cls is RQTransformer else (config,)
-    return cls(*arguments)
+    return cls(config, _zeros(config) if codebook is None else codebook)
 
 
 def _differing_fields(config: Any, other: Any) -> list[str]:
@@ -104,7 +102,7 @@ def _differing_fields(config: Any, other: Any) -> list[str]:
     ]
 
 
-def _transfer(model: GPT | RQTransformer, source: GPT | RQTransformer, name: str) -> None:
+def _transfer(model: Model, source: Model, name: str) -> None:
     """Copy all weights, or where the conditions differ all but the condition's."""
     is_same = model.config.condition == source.config.condition
     kept = {

@@ -1,4 +1,4 @@
-"""Multi-scale residual quantisation (Tian et al. 2024): grids of codes, coarse to fine, each for what is left."""
+"""Multi-scale residual quantisation (Tian et al. 2024): grids of codes, each for what is left."""
 
 from __future__ import annotations
 
@@ -109,15 +109,15 @@ class PyramidQuantizer(Quantizer):
         return torch.stack([F.pad(t, (0, 0, 0, self.codebook_size - len(t))) for t in self.tables])
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantise latents, with a straight-through gradient; in training `swap_share` of the codes is swapped.
+        """Quantise latents, with a straight-through gradient; training swaps `swap_share` of the codes.
 
         Args:
             latents: (B, C, h, w), h = w = the finest scale.
 
         Returns:
-            QuantizerOutput with codes (B, T), the nearest ones whatever was swapped. Its losses are means over
-            scales of the squared distance between the latents and the sum of the scales so far; the codebook
-            loss trains phi, and the codebooks unless averages do.
+            QuantizerOutput with codes (B, T), the nearest ones whatever was swapped. Its losses are means
+            over scales of the squared distance between the latents and the sum of the scales so far. The
+            codebook loss trains phi, and the codebooks unless averages do.
 
         Raises:
             ValueError: if the grid is another.
@@ -224,10 +224,9 @@ class PyramidQuantizer(Quantizer):
             residual = residual - self._spread(code, scale).float()
 
     def partial_sums(self, codes: Tensor) -> Tensor:
-        """Codes (B, T') up to the end of a scale s -> (s, B, C, h, w): entry i is the sum of scales 0 to i."""
-        return torch.stack([self._spread(c, scale) for scale, c in enumerate(self._grids(codes))]).cumsum(
-            dim=0
-        )
+        """Codes (B, T') up to the end of a scale -> (S', B, C, h, w): entry i is the sum of scales 0 to i."""
+        spread = [self._spread(grid, scale) for scale, grid in enumerate(self._grids(codes))]
+        return torch.stack(spread).cumsum(dim=0)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Add up the scales of codes.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def code_counts(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often each entry is used: codes int (n, T, D) in [0, V) -> int64 (D, V)."""
-    by_depth = codes.long().flatten(0, 1).T  # (n, T, D) -> (D, n * T)
-    return torch.stack([torch.bincount(row, minlength=codebook_size) for row in by_depth])
+def code_counts(by_depth: Sequence[Tensor], codebook_size: int) -> Tensor:
+    """How often each entry is used: int codes of each depth, of any shape, in [0, V) -> int64 (D, V)."""
+    return torch.stack(
+        [torch.bincount(codes.long().flatten(), minlength=codebook_size) for codes in by_depth]
+    )
 
 
 def perplexity(counts: Tensor) -> Tensor:

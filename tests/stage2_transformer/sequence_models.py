@@ -140,6 +140,13 @@ def code_sizes(config: Config) -> Tensor:
     return torch.tensor(config.codebook_sizes).repeat(config.num_positions)
 
 
+def num_depths(config: Config) -> int:
+    """Depths of the codes, or scales."""
+    if isinstance(config, PyramidGPTConfig):
+        return len(config.scales)
+    return config.code_shape[2] if len(config.code_shape) == 3 else 1
+
+
 def draw_codes(config: Config, batch: int, seed: int = 0) -> Tensor:
     """(B, *code_shape)."""
     generator = torch.Generator().manual_seed(seed)

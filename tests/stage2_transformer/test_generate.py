@@ -20,6 +20,7 @@ from sequence_models import (
     draw_cond,
     flat_logits,
     gpt,
+    num_depths,
     rq,
 )
 from torch import Tensor
@@ -39,7 +40,6 @@ def slow_generate(
 ) -> Tensor:
     """The same by full forward passes, one for each code; shares nothing with it but the model."""
     total = math.prod(model.code_shape)
-    depth = model.code_shape[2] if len(model.code_shape) == 3 else 1
     cond = None if cond is None else cond.repeat_interleave(len(seeds) // len(cond), dim=0)
     draws = [
         torch.rand(total, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds
@@ -51,14 +51,17 @@ def slow_generate(
         codes[:, :begin] = known
     for n in range(begin, total):
         logits = flat_logits(model, codes, cond)[:, n]
-        if params.cfg_scale != 1:
+        temperature, top_k, top_p, scale = (
+            value[model.code_depths[n]] if isinstance(value, tuple) else value
+            for value in (params.temperature, params.top_k, params.top_p, params.cfg_scale)
+        )
+        if scale != 1:
             null = flat_logits(model, codes, model.null_condition(cond))[:, n]
-            logits = (null + params.cfg_scale * (logits - null)).nan_to_num(-math.inf, neginf=-math.inf)
-        if params.temperature == 0:
+            logits = (null + scale * (logits - null)).nan_to_num(-math.inf, neginf=-math.inf)
+        if temperature == 0:
             codes[:, n] = logits.argmax(dim=-1)
             continue
-        top_k = params.top_k[n % depth] if isinstance(params.top_k, tuple) else params.top_k
-        probabilities = oracle.probabilities(logits, params.temperature, top_k, params.top_p).tolist()
+        probabilities = oracle.probabilities(logits, temperature, top_k, top_p).tolist()
         for i, row in enumerate(probabilities):
             sums = list(itertools.accumulate(row))
             codes[i, n] = next(code for code, mass in enumerate(sums) if mass > draws[i][n] * sums[-1])
@@ -66,12 +69,19 @@ def slow_generate(
 
 
 def params_for(name: str, setting: str) -> SamplingParams:
-    depth = MODELS[name].code_shape[2] if len(MODELS[name].code_shape) == 3 else 1
+    depth = num_depths(MODELS[name])
+    rising = tuple(1 + 0.5 * d for d in range(depth))
     return {
         "greedy": GREEDY,
         "plain": SamplingParams(),
         "filtered": SamplingParams(temperature=1.5, top_k=tuple(range(3, 3 + depth)), top_p=0.9),
         "guided": SamplingParams(cfg_scale=2.5, top_k=6),
+        "by depth": SamplingParams(
+            temperature=rising,
+            top_k=tuple(range(3, 3 + depth)),
+            top_p=tuple(1 - 0.1 * d for d in range(depth)),
+            cfg_scale=tuple(reversed(rising)),
+        ),
         "greedy guided": SamplingParams(cfg_scale=3.0, temperature=0),
     }[setting]
 
@@ -81,7 +91,7 @@ def params_for(name: str, setting: str) -> SamplingParams:
     ("name", "setting"),
     [
         *itertools.product(MODELS, ["greedy", "filtered"]),
-        *itertools.product(SOME, ["plain", "guided", "greedy guided"]),
+        *itertools.product(SOME, ["plain", "guided", "greedy guided", "by depth"]),
     ],
 )
 def test_generate_equals_decoding_by_full_forwards(name: str, setting: str) -> None:

@@ -133,7 +133,7 @@ class TestModels:
         model = quantize_(build(name))
         assert precision_of(model) == "int8"
         left = {n for n, module in model.named_modules() if isinstance(module, nn.Linear)}
-        assert left <= {"body_input.linear", "head_input.linear"}
+        assert left <= {"body_input.linear", "head_input.linear", "code_embedding", "canvas_embedding"}
         stacks = ("body", "head") if isinstance(model, RQTransformer) else ("transformer",)
         for stack in stacks:
             layers = [m for m in model.get_submodule(stack).modules() if isinstance(m, Int8Linear)]

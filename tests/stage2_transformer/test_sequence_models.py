@@ -21,11 +21,12 @@ from sequence_models import (
     draw_cond,
     flat_logits,
     gpt,
+    num_depths,
     rq,
 )
 from torch import Tensor
 
-from stage2_transformer import STAGE2, ConditionConfig, GPTConfig, RQTransformer, SequenceModel
+from stage2_transformer import GPT, STAGE2, ConditionConfig, GPTConfig, RQTransformer, SequenceModel
 from stage2_transformer.checkpoint import build_model
 
 KEYS = Path(__file__).with_name("state_dict_keys.txt")
@@ -82,7 +83,7 @@ class TestContract:
 
     def test_meta_build_has_no_storage_and_the_same_tensors(self, name: str) -> None:
         config = MODELS[name]
-        codebook = torch.zeros(config.code_shape[-1], 20, getattr(config, "codebook_width", 1))
+        codebook = torch.zeros(num_depths(config), 20, getattr(config, "codebook_width", 1))
         model, real = build_model(config, codebook), build(name)
         assert all(parameter.is_meta for parameter in model.parameters())
         shapes = {key: value.shape for key, value in model.state_dict().items()}
@@ -271,7 +272,7 @@ def test_code_errors(name: str) -> None:
     config, model = MODELS[name], build(name)
     codes, cond = draw_codes(config, 2), draw_cond(config, 2)
     expected = ", ".join(map(str, config.code_shape))
-    with pytest.raises(ValueError, match=rf"codes must be int64 \(B, {expected}\), got torch.int64 \(2, 1, "):
+    with pytest.raises(ValueError, match=rf"codes must be int64 \(B, {expected}\), got torch.int64 \(2, 1\b"):
         model(codes[:, :1], cond)
     with pytest.raises(ValueError, match=rf"codes must be int64 \(B, {expected}\), got torch.float32"):
         model(codes.float(), cond)
@@ -317,11 +318,12 @@ def _pinned_keys() -> dict[str, list[str]]:
 
 def _code_tables(model: Model) -> list[Tensor]:
     """The tensors that codes are read from, as leaves."""
-    if not isinstance(model, RQTransformer):
+    if type(model) is GPT:
         return [model.code_embedding.weight]
     if model.codebook is not None:
         model.codebook = model.codebook.clone().requires_grad_()
-    return [table for table in (model.codebook, model.table and model.table.weight) if table is not None]
+    table = model.table if isinstance(model, RQTransformer) else None
+    return [table for table in (model.codebook, table and table.weight) if table is not None]
 
 
 def _dependence(logits: Tensor, tables: list[Tensor]) -> list[Tensor]:
@@ -337,15 +339,15 @@ def _dependence(logits: Tensor, tables: list[Tensor]) -> list[Tensor]:
 def _influence(model: Model, config: Config) -> Tensor:
     """(T, T): whether code m moves the logits of code n. Each row of a table is used by one code at most."""
     sizes = code_sizes(config)
-    total, depth = len(sizes), 1 if isinstance(config, GPTConfig) else config.depth
-    places = torch.arange(total)
+    total, depth = len(sizes), 1 if isinstance(config, GPTConfig) else num_depths(config)
+    places, depths = torch.arange(total), torch.tensor(model.code_depths)
     codes = places if total <= int(sizes.min()) else places // depth
     tables = _code_tables(model)
     logits = _finite(flat_logits(model, codes[None], draw_cond(config, 1)))[0]
     influence = torch.zeros(total, total, dtype=torch.bool)
     for table, found in zip(tables, _dependence(logits, tables), strict=True):
         if table.ndim == 3:  # (T, D, V): the codebook
-            influence |= found[:, places % depth, codes]
+            influence |= found[:, depths, codes]
         elif not isinstance(config, GPTConfig) and not config.has_shared_embedding:
             first = torch.tensor([sum(config.codebook_sizes[:d]) for d in range(depth)])
             influence |= found[:, first[places % depth] + codes]

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from sequence_models import MODELS, SOME, Model, build, draw_codes, draw_cond, flat_logits, gpt, rq
+from sequence_models import (
+    MODELS,
+    SOME,
+    Model,
+    build,
+    draw_codes,
+    draw_cond,
+    flat_logits,
+    gpt,
+    num_depths,
+    rq,
+)
 from torch import Tensor
 
 from stage2_transformer import SamplingParams, code_probabilities, generate, image_seeds, iterate_codes
@@ -166,7 +177,7 @@ def test_greedy_equals_plain_decoding(name: str, window: int) -> None:
 def test_an_image_is_the_same_in_any_batch(name: str) -> None:
     """Rows of a batch are at different codes at a time, and finish one after the other."""
     model, cond = build(name), draw_cond(MODELS[name], 1)
-    depth = MODELS[name].code_shape[2] if len(MODELS[name].code_shape) == 3 else 1
+    depth = num_depths(MODELS[name])
     for params in (
         SamplingParams(temperature=0.5, window=3),
         SamplingParams(temperature=0.7, top_k=tuple(range(3, 3 + depth)), cfg_scale=2.0, window=5),

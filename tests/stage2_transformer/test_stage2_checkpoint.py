@@ -378,7 +378,8 @@ def test_settings_that_are_unknown(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="activation must be one of gelu, quick_gelu, got 'v3'"):
         load(tmp_path, (4, 4, 3), torch.zeros(3, 24, 16))
     with pytest.raises(
-        CheckpointError, match=r"unknown type 'bert' in model.yaml: known are gpt, rq_transformer"
+        CheckpointError,
+        match=r"unknown type 'bert' in model.yaml: known are gpt, pyramid_gpt, rq_transformer",
     ):
         model_config({"type": "bert"}, where="model.yaml")
     with pytest.raises(
