@@ -9,6 +9,10 @@ import torch
 logger = logging.getLogger(__name__)
 
 
+class DeviceNameError(ValueError):
+    """The toolkit runs on no device of this name."""
+
+
 def best_device() -> str:
     """The best kind that this machine has: "cuda", else Apple's "mps", else "cpu"."""
     if torch.cuda.is_available():
@@ -26,7 +30,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         The device.
 
     Raises:
-        ValueError: if it is of another kind, or this machine does not have it.
+        DeviceNameError: if the toolkit runs on no such kind.
+        ValueError: if this machine does not have it.
     """
     if device == "auto":
         chosen = torch.device(best_device())
@@ -37,7 +42,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError:
         wanted = None
     if wanted is None or wanted.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {str(device)!r}")
+        raise DeviceNameError(f"device must be auto, cpu, cuda, cuda:N or mps, got {str(device)!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted.type == "cuda" and (wanted.index or 0) >= count:
         raise ValueError(f"device {wanted}: this machine has {count or 'no'} CUDA devices; take cpu")
