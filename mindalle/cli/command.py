@@ -191,7 +191,7 @@ def add_device_options(parser: argparse._ActionsContainer) -> None:
     """Where a command computes, see `choose_machine`."""
     help_ = "auto, cpu, cuda, cuda:1, ... or mps; auto: CUDA, else Apple's mps, else the CPU (auto)"
     parser.add_argument("--device", default="auto", help=help_)
-    help_ = "of the CPU, of each process; default: 1 to draw with small models, else torch's"
+    help_ = "of the CPU; default: 1 to draw with small models, else torch's"
     parser.add_argument("--threads", "--num-threads", type=positive_int, metavar="N", help=help_)
 
 
