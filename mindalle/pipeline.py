@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mindalle.checkpoint import SamplingDefaults, load_checkpoint
+from mindalle.device import choose_device
 from mindalle.hub import resolve_model
 from mindalle.image import fit, to_pil, to_tensor
 from mindalle.memory import candidates_at_once, decode_in_parts
@@ -66,7 +67,7 @@ class Pipeline:
         cls,
         name: str | Path = "emoji",
         *,
-        device: str | torch.device = "cpu",
+        device: str | torch.device = "auto",
         precision: str = "fp32",
         clip: str | Path | None = None,
         text_tokenizer: str | Path | None = None,
@@ -78,7 +79,8 @@ class Pipeline:
         Args:
             name: a bundled model ("emoji"), a local checkpoint of any known layout, a release
                 ("minDALL-E/1.3B", "rq-vae/cc3m", ...), or a Hugging Face hub id.
-            device: where the models compute.
+            device: where the models compute, see `mindalle.device.choose_device`; "auto" is CUDA, else
+                Apple's mps (never tried), else the CPU.
             precision: "fp32", "bf16", "fp16", "int8" (CPU only, and not exact) or "auto", which chooses by
                 device and size; of the sequence model. With bf16 and int8 pictures are decoded in bf16 where
                 that is quick, which moves pixels by about a third of one of 255 levels.
@@ -96,6 +98,7 @@ class Pipeline:
             FileNotFoundError: if there is no such model.
             ValueError: if the checkpoint is damaged, or an argument unknown or not for this device.
         """
+        device = choose_device(device)
         check_precision(precision, device)  # before anything is downloaded
         path = resolve_model(name)
         checkpoint = load_checkpoint(

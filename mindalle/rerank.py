@@ -13,6 +13,7 @@ from torch import Tensor
 from checkpoint_io import tensors_hash
 from mindalle.clip import ClipModel, Preprocess, Tokenize, unit
 from mindalle.clip_weights import load_clip
+from mindalle.device import choose_device
 
 
 class ClipReranker:
@@ -42,21 +43,24 @@ class ClipReranker:
         self.batch_size = batch_size
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, device: str | torch.device = "cpu") -> ClipReranker:
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, device: str | torch.device = "auto"
+    ) -> ClipReranker:
         """Load a CLIP in float32, executing nothing from its files.
 
         Args:
             name_or_path: one of `OPENAI_MODELS` (downloaded once), a file of OpenAI's format (TorchScript
                 archive or state dict, of any size), or a native checkpoint directory.
-            device: where the model runs.
+            device: where the model runs, see `mindalle.device.choose_device`.
 
         Raises:
             FileNotFoundError: if the name is unknown, the download fails or a file is missing.
-            ValueError: if a file is damaged, asks to run code, or does not fit its config.
+            ValueError: if a file is damaged, asks to run code, or does not fit its config, or the device is
+                not there.
             ImportError: if the model is OpenAI's, and open_clip, which has the tokenizer, is not installed.
         """
         model, preprocess, tokenize = load_clip(name_or_path)
-        return cls(model.to(device), preprocess, tokenize)
+        return cls(model.to(choose_device(device)), preprocess, tokenize)
 
     @cached_property
     def weights_hash(self) -> str:

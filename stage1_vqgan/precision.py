@@ -7,6 +7,9 @@ import torch
 from checkpoint_io.tensors import release_pages
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 
+CPU_PROBES = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+"""Of torch.cpu: what tells that a CPU multiplies in bfloat16."""
+
 
 def pixel_dtype(precision: str, device: str | torch.device) -> torch.dtype:
     """The type that pictures are decoded in beside a sequence model that is not exact.
@@ -27,8 +30,8 @@ def has_bfloat16(device: str | torch.device) -> bool:
     kind = torch.device(device).type
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return kind == "cpu" and bool(has_instructions)
+    probes = (getattr(torch.cpu, name, None) for name in CPU_PROBES)  # private: another torch may lack them
+    return kind == "cpu" and any(probe() for probe in probes if probe is not None)
 
 
 def decode_in_(tokenizer: QuantizedAutoencoder, dtype: torch.dtype) -> None:

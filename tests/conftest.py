@@ -42,8 +42,10 @@ from stage2_transformer import (
 )
 
 
-def pytest_configure() -> None:
-    """One thread per process, and in the processes that tests start: two of them share two cores."""
+def pytest_configure(config: pytest.Config) -> None:
+    """On the CPU, with one thread per process, as do the processes that tests start: they share two cores."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else `auto` would draw there
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -153,7 +153,7 @@ def int8(args: argparse.Namespace) -> dict[str, Any]:
     from mindalle import Pipeline
 
     exam = load_exam(args)
-    rounded = replace(exam, pipe=Pipeline.from_pretrained(args.model, precision="int8"))
+    rounded = replace(exam, pipe=Pipeline.from_pretrained(args.model, device="cpu", precision="int8"))
     records = sample(list(read_records(args.data, "val_pair")), args.num_captions, args.seed)
     exact_scores, rounded_scores = exam.similarities(), rounded.similarities()
     return divergence(exam.pipe, rounded.pipe, records) | {
@@ -228,7 +228,7 @@ def load_exam(args: argparse.Namespace) -> Exam:
     from mindalle.evaluation.features import load_judge
 
     return Exam(
-        pipe=Pipeline.from_pretrained(args.model),
+        pipe=Pipeline.from_pretrained(args.model, device="cpu"),
         judge=load_judge(args.judge),
         names=concept_names(args.data),
         captions=held_out_captions(args.data, args.num_captions, args.seed),

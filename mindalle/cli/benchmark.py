@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from mindalle.cli.command import (
     Parser,
     UsageError,
-    check_device,
+    add_device_options,
     check_writable,
+    choose_machine,
     positive_int,
     run,
     say,
@@ -70,8 +71,7 @@ def build_parser(prog: str) -> Parser:
     add("--cfg-scale", type=float, default=1.0, metavar="S", help="guidance; 1 = off (1)")
     add("--compare", choices=("naive",), help="take turns with decoding as the originals do it, in fp32")
     add("--train", action="store_true", help="time a training step of both stages, too")
-    add("--threads", type=positive_int, metavar="N", help="of the CPU; default: torch's")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add_device_options(parser)
     add("--json", type=Path, metavar="FILE", help="all numbers; overwritten")
     add(
         "--plot",
@@ -99,13 +99,11 @@ def benchmark(args: argparse.Namespace, command: str) -> None:
         UsageError: if options exclude each other.
     """
     _check_options(args)
-    check_device(args.device)
+    choose_machine(args)
     import torch
 
     from mindalle.benchmark.report import plot, table
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     report = _measure(args, torch.device(args.device))
     report |= {"command": command, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     for line in table(report):

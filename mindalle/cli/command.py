@@ -187,11 +187,19 @@ def add_ema_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--ema", action="store_true", help=help_)
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that is not there, before anything is loaded.
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """Where a command computes, see `choose_machine`."""
+    help_ = "auto, cpu, cuda, cuda:1, ... or mps; auto: CUDA, else Apple's mps, else the CPU (auto)"
+    parser.add_argument("--device", default="auto", help=help_)
+    help_ = "of the CPU; default: 1 to draw with small models, else torch's"
+    parser.add_argument("--threads", "--num-threads", type=positive_int, metavar="N", help=help_)
+
+
+def choose_machine(args: argparse.Namespace) -> None:
+    """Put the device that --device means in its place, before anything is loaded, and set --threads.
 
     Args:
-        device: of --device.
+        args: of `add_device_options`; `device` is changed.
 
     Raises:
         UsageError: if the name is none of a device that the toolkit runs on.
@@ -199,17 +207,16 @@ def check_device(device: str) -> None:
     """
     import torch
 
+    from mindalle.device import DeviceNameError, choose_device
+
     try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        wanted = None
-    if wanted is None or wanted.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted.type == "cuda" and (wanted.index or 0) >= count:
-        raise ValueError(
-            f"--device {device}: this machine has {count or 'no'} CUDA devices; use --device cpu"
-        )
+        args.device = str(choose_device(args.device))
+    except DeviceNameError as error:
+        raise UsageError(f"--{error}") from error
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
 
 
 def check_writable(directory: Path, option: str) -> None:

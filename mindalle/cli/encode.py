@@ -6,7 +6,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mindalle.cli.command import Parser, UsageError, check_device, check_writable, positive_int, run, say
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    add_device_options,
+    check_writable,
+    choose_machine,
+    positive_int,
+    run,
+    say,
+)
 
 EXAMPLES = """\
   {prog} data/train runs/codes/train --image-tokenizer runs/tokenizer --num-processes 4
@@ -40,7 +49,7 @@ def build_parser(prog: str) -> Parser:
     add("--latents", action="store_true", help="keep the latents too: soft targets (RQ-VAE) need them")
     add("--batch-size", type=positive_int, default=64, metavar="N", help="crops at once (64)")
     add("--num-processes", type=positive_int, default=1, metavar="P", help="that share the work (1)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add_device_options(parser)
     return parser
 
 
@@ -54,7 +63,7 @@ def encode(args: argparse.Namespace) -> None:
     if not 0 <= args.flip <= 1:
         raise UsageError(f"--flip must be in [0, 1], got {args.flip}")
     check_writable(args.out, "OUT")
-    check_device(args.device)
+    choose_machine(args)
     from mindalle.data import TransformConfig, open_source
     from mindalle.data.encoding import encode_source
     from mindalle.data.part_encoder import EncodingJob

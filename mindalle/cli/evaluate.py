@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mindalle.cli.command import Parser, add_checkpoint_options, add_ema_option, positive_int, run
+from mindalle.cli.command import (
+    Parser,
+    add_checkpoint_options,
+    add_device_options,
+    add_ema_option,
+    positive_int,
+    run,
+)
 
 METRICS = ("fd", "kd", "is", "pr", "clip_score", "r_precision")
 RECONSTRUCTION_METRICS = ("pixels", "perceptual", "rfd", "codebook")
@@ -115,7 +122,7 @@ def _add_common(parser: Parser) -> Parser:
     add("--limit", type=positive_int, metavar="N", help="only the first N pictures of each side")
     add("--batch-size", type=positive_int, default=32, metavar="N", help="pictures at once (32)")
     add("--seed", type=int, default=0, help="of drawings, subsets and intervals (0)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add_device_options(parser)
     add("--out", type=Path, metavar="JSON", help="file of results to add to")
     return parser
 

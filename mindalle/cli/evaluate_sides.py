@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 
-from mindalle.cli.command import UsageError, check_device, check_writable, say
+from mindalle.cli.command import UsageError, check_writable, choose_machine, say
 from mindalle.data.samples import Sample, Source, Unreadable, open_source
 from mindalle.evaluation.comparison import METRICS
 from mindalle.evaluation.features import FEATURES, FeatureNetwork, FeatureOptions, load_judge
@@ -31,7 +31,7 @@ def check_options(args: argparse.Namespace) -> None:
         ValueError: if there is no such device, or --out is no file of results.
         OSError: if a file cannot be written where it is to be, or --save-images holds other things.
     """
-    check_device(args.device)
+    choose_machine(args)
     if args.features == "clip" and args.clip is None:
         raise UsageError("--features clip takes a CLIP: name it with --clip")
     if args.inception_weights is not None and args.features != "inception":

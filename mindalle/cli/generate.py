@@ -14,8 +14,9 @@ from mindalle.cli.command import (
     Parser,
     UsageError,
     add_checkpoint_options,
-    check_device,
+    add_device_options,
     check_writable,
+    choose_machine,
     positive_int,
     run,
     say,
@@ -36,6 +37,9 @@ EXAMPLES = """\
   {prog} --model minDALL-E/1.3B --clip ViT-B/32 --prompt "a painting of a fox" --top-k 256 --precision int8
   {prog} --model path/to/rq-vae/imagenet_1.4B --class-label 207 --num-images 8
   {prog} --prompt "a cat" --complete half.png --keep-rows 4"""
+
+SMALL_MODEL = 100_000_000
+"""Weights of a sequence model below which one thread draws: the sizes that are not decoded in int8 either."""
 
 
 def build_parser(prog: str) -> Parser:
@@ -79,7 +83,7 @@ def add_model_options(parser: Parser) -> None:
     add_checkpoint_options(group)
     add("--clip", metavar="NAME", help="rerank with ViT-B/32, a .pt file or a native directory")
     add("--no-rerank", action="store_true", help="no choice by CLIP: a prompt's pictures are drawn once each")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add_device_options(group)
     add(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
@@ -205,7 +209,9 @@ def sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> S
 
 def load_pipeline(args: argparse.Namespace) -> Pipeline:
     """The model that the options name, ready to draw."""
-    check_device(args.device)
+    choose_machine(args)
+    import torch
+
     from mindalle.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(
@@ -219,7 +225,14 @@ def load_pipeline(args: argparse.Namespace) -> Pipeline:
     )
     if args.no_rerank:
         pipe.reranker = None
+    if args.threads is None and args.device == "cpu" and _is_small(pipe):
+        torch.set_num_threads(1)
     return pipe
+
+
+def _is_small(pipe: Pipeline) -> bool:
+    """Whether threads would wait for each other longer than they compute: see docs/performance.md."""
+    return pipe.model is None or sum(weight.numel() for weight in pipe.model.parameters()) < SMALL_MODEL
 
 
 def _condition(pipe: Pipeline) -> str:

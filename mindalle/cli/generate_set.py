@@ -70,7 +70,6 @@ def build_parser(prog: str) -> Parser:
     add("--batch-size", type=positive_int, metavar="N", help=help_)
     add = parser.add_argument_group("how to share the work").add_argument
     add("--num-processes", type=positive_int, default=1, metavar="P", help="that share the parts (1)")
-    add("--num-threads", type=positive_int, default=1, metavar="N", help="of each process, on a CPU (1)")
     add("--part-size", type=positive_int, metavar="N", help="prompts that are written at once")
     add("--ray", action="store_true", help="processes of Ray, on its machines; RAY_ADDRESS names a cluster")
     add = parser.add_argument_group("where to").add_argument
@@ -225,6 +224,6 @@ def _job(
         file_format=args.format,
         part_size=args.part_size or max(1, PART_DRAWS // num_candidates),
         batch_size=args.batch_size,
-        num_threads=args.num_threads,
+        num_threads=args.threads or 1,
         device=args.device,
     )

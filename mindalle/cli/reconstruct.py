@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from mindalle.cli.command import (
     Parser,
     UsageError,
+    add_device_options,
     add_ema_option,
-    check_device,
     check_writable,
+    choose_machine,
     positive_int,
     run,
     say,
@@ -46,7 +47,7 @@ def build_parser(prog: str) -> Parser:
     add("--size", metavar="HxW", help="resize and crop to it; default: the tokenizer's training size")
     add("--depths", action="store_true", help="residual codes: a column for each number of depths")
     add("--batch-size", type=positive_int, default=8, metavar="N", help="pictures at once (8)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
+    add_device_options(parser)
     default = Path("outputs/reconstruction.png")
     add("--out", type=Path, default=default, metavar="PNG", help=f"the sheet, not overwritten ({default})")
     return parser
@@ -61,7 +62,7 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
     """Load the tokenizer, reconstruct batch by batch, print measures, write the sheet."""
     files = _image_files(args.images)
     out = _sheet_path(args.out)
-    check_device(args.device)
+    choose_machine(args)
     from mindalle.cli.output import free_stem, save_png
     from mindalle.hub import resolve_model
     from mindalle.image import contact_sheet

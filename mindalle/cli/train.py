@@ -20,17 +20,20 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import CheckpointIO
 
-from mindalle.cli.command import FAILURE, describe
+from mindalle.cli.command import FAILURE, USAGE_ERROR, describe
+from mindalle.cli.recipes import UnknownRecipeError, with_recipe_paths
 from mindalle.cli.train_parser import TrainingParser, essence
 from mindalle.run import Run, find_run, open_run
 from mindalle.training.callbacks import SeededSteps, SkippedReport, StopOnNonFinite
 from mindalle.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from mindalle.training.trainer import MachineTrainer
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
 examples:
   {prog} fit --config configs/toy/vqgan.yaml
+  {prog} fit --config emoji/finetune --data.train my-pictures --data.val my-pictures      a recipe by its name
   {prog} fit --config configs/toy/vqgan.yaml --ckpt_path last          go on after an interruption
   {prog} fit --config configs/toy/gpt.yaml --trainer.max_steps 500 --trainer.precision bf16-mixed
   {prog} fit --config configs/toy/gpt.yaml --trainer.devices 2 --trainer.strategy ddp
@@ -93,6 +96,7 @@ class TrainingCLI(LightningCLI):
             parser_class=TrainingParser,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
+            trainer_class=MachineTrainer,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={"callbacks": [SeededSteps(), StopOnNonFinite(), SkippedReport()]},
@@ -218,14 +222,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
         0 for success, 1 for failures. Errors that are not meant for users are raised: a long training should
         not have to fail twice to tell why.
     """
-    arguments = list(argv) if argv is not None else None
+    arguments = list(sys.argv[1:] if argv is None else argv)
     for message in NEEDLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING)
+    logging.getLogger("mindalle").setLevel(logging.INFO)
     try:
-        TrainingCLI(args=arguments, prog=prog)
+        TrainingCLI(args=with_recipe_paths(arguments), prog=prog)
+    except UnknownRecipeError as error:
+        print(f"{prog}: error: {error} (see {prog} fit --help)", file=sys.stderr)
+        return USAGE_ERROR
     except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
-        if "--debug" in (sys.argv if arguments is None else arguments):
+        if "--debug" in arguments:
             traceback.print_exc()
         is_systems = isinstance(error, OSError) and error.errno is not None
         shown = error if is_systems else ValueError(essence(str(error)))

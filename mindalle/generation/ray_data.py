@@ -87,7 +87,7 @@ def _check_resources(found: Mapping[str, float], plan: SetPlan) -> None:
         raise ValueError("--device cuda: no machine of Ray's has a GPU; use --device cpu")
     if found.get("CPU", 0) < plan.num_threads:
         raise ValueError(
-            f"--num-threads must be at most {found.get('CPU', 0):g}, as many CPUs as Ray has, "
+            f"--threads must be at most {found.get('CPU', 0):g}, as many CPUs as Ray has, "
             f"got {plan.num_threads}"
         )
 

@@ -77,7 +77,9 @@ class Lab:
     def pipe(self) -> Pipeline:
         """The model."""
         job = self.job
-        return Pipeline.from_pretrained(job.model, text_tokenizer=job.text_tokenizer, use_ema=job.use_ema)
+        return Pipeline.from_pretrained(
+            job.model, device="cpu", text_tokenizer=job.text_tokenizer, use_ema=job.use_ema
+        )
 
     @cached_property
     def unranked(self) -> Pipeline:

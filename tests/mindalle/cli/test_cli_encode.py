@@ -79,7 +79,7 @@ def test_shards(mindalle: Command, checkpoints: Path, tmp_path: Path) -> None:
         (["--crop", "left"], 2, "invalid choice: 'left'"),
         (["--crops", 2, "--crop", "center"], 1, "num_crops is 2, but all of them would be the same"),
         (["--size", 18], 1, "image_size must be a multiple of 4"),
-        (["--device", "tpu"], 2, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "tpu"], 2, "--device must be auto, cpu, cuda, cuda:N or mps, got 'tpu'"),
         (["--image-tokenizer", "./none"], 1, "no such file or directory: ./none"),
     ],
 )

@@ -58,8 +58,8 @@ def assert_one_line(result: Result, code: int, *words: str, prog: str = "generat
         ((*PROMPT, "--seed", "x"), "--seed: invalid int value: 'x'"),
         ((*PROMPT, "--seed", "1.5"), "--seed: invalid int value: '1.5'"),
         ((*PROMPT, "--precision", "fp8"), "--precision: invalid choice: 'fp8' (choose from"),
-        ((*PROMPT, "--device", "banana"), "--device must be cpu, cuda or cuda:N, got 'banana'"),
-        ((*PROMPT, "--device", "meta"), "--device must be cpu, cuda or cuda:N, got 'meta'"),
+        ((*PROMPT, "--device", "banana"), "--device must be auto, cpu, cuda, cuda:N or mps, got 'banana'"),
+        ((*PROMPT, "--device", "meta"), "--device must be auto, cpu, cuda, cuda:N or mps, got 'meta'"),
         ((*PROMPT, "--keep-rows", 2), "--complete IMAGE and --keep-rows N go together"),
         ((*PROMPT, "--complete", "half.png"), "--complete IMAGE and --keep-rows N go together"),
         ((*PROMPT, "--clip", "ViT-B/32", "--no-rerank"), "--clip and --no-rerank contradict each other"),
@@ -149,7 +149,7 @@ def test_prompt_files(generate: Command, tmp_path: Path, content: bytes | None, 
 def test_cuda_where_there_is_none(generate: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = generate(*PROMPT, "--device", "cuda")
-    assert_one_line(result, 1, "--device cuda: this machine has no CUDA devices; use --device cpu")
+    assert_one_line(result, 1, "--device cuda: this machine has no CUDA devices; take cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     result = generate(*PROMPT, "--device", "cuda:2")

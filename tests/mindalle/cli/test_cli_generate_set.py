@@ -187,7 +187,7 @@ CLASSES = ("--model", "rq-class", "--classes")
         (("p.txt", "--temperature", -1), 2, "--temperature must be finite"),
         (("p.txt", "--top-k", 2, 2), 2, "top-k needs one value or one per depth (1), got (2, 2)"),
         (("p.txt", "--clip", "x", "--no-rerank"), 2, "--clip and --no-rerank contradict each other"),
-        (("p.txt", "--device", "tpu"), 2, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+        (("p.txt", "--device", "tpu"), 2, "--device must be auto, cpu, cuda, cuda:N or mps, got 'tpu'"),
         (("p.txt", "--out", "p.txt"), 1, "--out must be a directory, but"),
         (("p.txt", "--model", "./none"), 1, "no such file or directory: ./none"),
         (("--classes", "3"), 2, "this model draws from text: say what by PROMPTS, not by --classes LIST"),

@@ -160,7 +160,7 @@ def test_unreadable_pictures_of_a_folder_are_skipped(
         (2, ["--size", "18x16"], "--size must be two multiples of 4 for this tokenizer, got 18x16"),
         (2, ["--size", "0x16"], "two multiples of 4"),
         (2, ["--depths"], "--depths is for residual codes"),
-        (2, ["--device", "banana"], "--device must be cpu, cuda or cuda:N, got 'banana'"),
+        (2, ["--device", "banana"], "--device must be auto, cpu, cuda, cuda:N or mps, got 'banana'"),
         (2, ["--batch-size", "0"], "--batch-size: must be a whole number of at least 1, got '0'"),
         (
             2,

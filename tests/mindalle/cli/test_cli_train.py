@@ -66,7 +66,10 @@ class TestUsage:
             (["--data.batch_size", "two"], ['"batch_size"', "int", "Got value: two"]),
             (["--checkpoint.every", 3], ["unrecognized arguments: --checkpoint.every 3"]),
             (["--model", "NoSuchModel"], ['"model"', "NoSuchModel"]),
-            (["--config", "nowhere.yaml"], ["File does not exist", "nowhere.yaml"]),
+            (
+                ["--config", "nowhere.yaml"],
+                ["--config nowhere.yaml: no such file, and no recipe of this name"],
+            ),
         ],
     )
     def test_of_options(self, fit: Command, argv: list[object], parts: list[str]) -> None:

@@ -37,7 +37,7 @@ def test_more_than_the_machine_has(job: SetJob) -> None:
     """Ray would wait for it without end and without a word."""
     many = replace(job, num_threads=10_000)
     with pytest.raises(
-        ValueError, match=r"--num-threads must be at most \d+, as many CPUs as Ray has, got 10000"
+        ValueError, match=r"--threads must be at most \d+, as many CPUs as Ray has, got 10000"
     ):
         draw_set(many, plan_set(many, many.load()), use_ray=True)
 
