@@ -11,7 +11,7 @@ import torch
 from shard_files import write_shard
 
 from mindalle import Pipeline
-from mindalle.checkpoint import load_checkpoint, save_checkpoint
+from mindalle.checkpoint import SamplingDefaults, load_checkpoint, save_checkpoint
 from mindalle.data import CodeData
 from mindalle.text import TextTokenizer
 from mindalle.training import PyramidGPTTraining, PyramidVAETraining
@@ -98,9 +98,11 @@ def test_a_model_learns_and_draws(data: CodeData, tmp_path: Path, tiny_pyramid: 
         image_tokenizer=tiny_pyramid,
         model=module.model.eval(),
         text_tokenizer=words,
-        sampling=SamplingParams(temperature=(1.0, 1.0, 0.5, 0.0), cfg_scale=(3.0, 2.0, 1.0, 1.0)),
+        sampling=SamplingDefaults(
+            params=SamplingParams(temperature=(1.0, 1.0, 0.5, 0.0), cfg_scale=(3.0, 2.0, 1.0, 1.0))
+        ),
     )
-    assert load_checkpoint(tmp_path / "model").sampling.temperature == (1.0, 1.0, 0.5, 0.0)
+    assert load_checkpoint(tmp_path / "model").sampling.params.temperature == (1.0, 1.0, 0.5, 0.0)
     pipe = Pipeline.from_pretrained(str(tmp_path / "model"))
     previews = list(pipe.stream("a red square", num_images=2, seed=0))
     whole = pipe("a red square", num_images=2, seed=0)
