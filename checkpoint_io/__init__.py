@@ -5,11 +5,11 @@ executes code from a file.
 """
 
 from checkpoint_io.config import config_from_mapping, config_to_mapping, flatten_config, read_yaml
+from checkpoint_io.errors import CheckpointError
 from checkpoint_io.hashes import file_hash, tensors_hash
 from checkpoint_io.keys import KeyTable, load_strict, without_storage
 from checkpoint_io.layout import CheckpointPart, Layout, find_parts
 from checkpoint_io.tensors import (
-    CheckpointError,
     atomic_path,
     leftover_files,
     read_tensors,

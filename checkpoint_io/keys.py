@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint_io.tensors import CheckpointError, release_pages
+from checkpoint_io.errors import CheckpointError
+from checkpoint_io.tensors import release_pages
 
 KeyTable: TypeAlias = "Mapping[str, str | None]"
 """Their name -> our name.
