@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MAX_LIST = 1 << 12
+"""Of any list in a config."""
 MAX_ENTRIES = 64
 """Of a tuple in a config: levels of a network, depths of a code."""
 
@@ -60,6 +62,9 @@ def config_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, where: str)
     unknown = sorted(set(mapping) - set(known))
     if unknown:
         raise ValueError(f"unknown keys in {where}: {', '.join(unknown)}; known are {', '.join(known)}")
+    for name, value in flatten_config(mapping).items():
+        if isinstance(value, (list, tuple)) and len(value) > MAX_LIST:  # OmegaConf takes 0.1 ms for each
+            raise ValueError(f"{where}: {name} must have at most {MAX_LIST} entries, got {len(value)}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), dict(mapping))
         config = OmegaConf.to_object(merged)
