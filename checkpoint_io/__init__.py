@@ -4,12 +4,19 @@ The leaf of the import graph: both stages and the toolkit use it, it uses none o
 executes code from a file.
 """
 
-from checkpoint_io.config import config_from_mapping, config_to_mapping, flatten_config, read_yaml
+from checkpoint_io.config import (
+    check_bounds,
+    config_from_mapping,
+    config_to_mapping,
+    flatten_config,
+    read_yaml,
+    repeated,
+)
+from checkpoint_io.errors import CheckpointError
 from checkpoint_io.hashes import file_hash, tensors_hash
-from checkpoint_io.keys import KeyTable, load_strict, without_storage
+from checkpoint_io.keys import KeyTable, check_finite, load_strict, without_storage
 from checkpoint_io.layout import CheckpointPart, Layout, find_parts
 from checkpoint_io.tensors import (
-    CheckpointError,
     atomic_path,
     leftover_files,
     read_tensors,
@@ -22,6 +29,8 @@ __all__ = [
     "KeyTable",
     "Layout",
     "atomic_path",
+    "check_bounds",
+    "check_finite",
     "config_from_mapping",
     "config_to_mapping",
     "file_hash",
@@ -31,6 +40,7 @@ __all__ = [
     "load_strict",
     "read_tensors",
     "read_yaml",
+    "repeated",
     "tensors_hash",
     "without_storage",
     "write_safetensors",

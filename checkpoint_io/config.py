@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MAX_LIST = 1 << 12
+"""Of any list in a config."""
+MAX_ENTRIES = 64
+"""Of a tuple in a config: levels of a network, depths of a code."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -58,6 +62,9 @@ def config_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, where: str)
     unknown = sorted(set(mapping) - set(known))
     if unknown:
         raise ValueError(f"unknown keys in {where}: {', '.join(unknown)}; known are {', '.join(known)}")
+    for name, value in flatten_config(mapping).items():
+        if isinstance(value, (list, tuple)) and len(value) > MAX_LIST:  # OmegaConf takes 0.1 ms for each
+            raise ValueError(f"{where}: {name} must have at most {MAX_LIST} entries, got {len(value)}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), dict(mapping))
         config = OmegaConf.to_object(merged)
@@ -65,10 +72,58 @@ def config_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, where: str)
         field = f"{error.full_key}: " if error.full_key else ""
         message = str(error).splitlines()[0].replace("$VALUE_TYPE", "another").replace("$VALUE", "an entry")
         raise ValueError(f"{where}: {field}{message}") from error
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # a hostile value fails in any of a dozen ways
         raise ValueError(f"{where}: {error}") from error
     assert isinstance(config, cls)
     return config
+
+
+def check_bounds(config: Any, **most: int) -> None:
+    """Refuse sizes that no model has, before a model of such a size is built.
+
+    Args:
+        config: a dataclass with whole numbers, or tuples of them, in the fields named.
+        most: field -> the largest value that it, or one of its entries, may have; a tuple has at most
+            `MAX_ENTRIES`.
+
+    Raises:
+        TypeError: if there is something else in a field.
+        ValueError: names the field, what it is and what it may be.
+    """
+    for name, limit in most.items():
+        value = getattr(config, name)
+        entries = value if isinstance(value, tuple) else (value,)
+        if not all(type(entry) is int for entry in entries):
+            raise TypeError(f"{name} must be of whole numbers, got {shortened(value)}")
+        if len(entries) > MAX_ENTRIES:
+            raise ValueError(f"{name} must have at most {MAX_ENTRIES} entries, got {len(entries)}")
+        if max(entries, default=0) > limit:
+            raise ValueError(f"{name} must be at most {limit}, got {shortened(max(entries))}")
+
+
+def repeated(value: Any, count: Any) -> tuple[Any, ...]:
+    """One setting for each of several depths, as configs of the originals write it.
+
+    Args:
+        value: one for all, or a list of one each.
+        count: of the depths.
+
+    Raises:
+        ValueError: if there are more than `MAX_ENTRIES`.
+    """
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    if type(count) is not int or not 0 <= count <= MAX_ENTRIES:
+        raise ValueError(f"the depth must be a whole number of at most {MAX_ENTRIES}, got {shortened(count)}")
+    return (value,) * count
+
+
+def shortened(value: Any) -> str:
+    """A value for a message: a hundred characters of it are enough."""
+    if type(value) is int and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"  # Python refuses to write out the longest
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def config_to_mapping(config: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoint_io.tensors import CheckpointError, release_pages
+from checkpoint_io.errors import CheckpointError
+from checkpoint_io.tensors import release_pages
 
 KeyTable: TypeAlias = "Mapping[str, str | None]"
 """Their name -> our name.
@@ -26,10 +27,21 @@ _PART = re.compile(r"^(?P<name>.*)\[(?P<index>\d+)/(?P<parts>\d+)\]$")
 
 
 @contextlib.contextmanager
-def without_storage() -> Iterator[None]:
-    """Models built in this context have parameters on the meta device, for `load_strict` to fill."""
-    with torch.device("meta"), _NoInitialisation():
-        yield
+def without_storage(source: str = "the model") -> Iterator[None]:
+    """Models built in this context have parameters on the meta device, for `load_strict` to fill.
+
+    Args:
+        source: whose config they are built of, for messages.
+
+    Raises:
+        CheckpointError: for whatever building raises.
+    """
+    try:
+        with torch.device("meta"), _NoInitialisation():
+            yield
+    except Exception as error:  # sizes that do not fit each other fail in any of a dozen ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # without C++'s stack trace
+        raise CheckpointError(f"{source}: no model can be built of its config: {reason}") from error
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -107,6 +119,24 @@ def load_strict(
             f"{source} does not fit its config, {len(problems)} keys: {'; '.join(problems[:20])}"
             f"{' ...' if len(problems) > 20 else ''}. Is this config.yaml the one of these weights?"
         )
+
+
+def check_finite(model: nn.Module, *, source: str) -> None:
+    """Refuse weights that are no numbers: nothing that comes of them would be.
+
+    Args:
+        model: filled.
+        source: where its weights come from, for the message.
+
+    Raises:
+        CheckpointError: names the first parameter or buffer with NaN or infinity in it.
+    """
+    for name, values in model.state_dict().items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise CheckpointError(
+                f"{source} is damaged: its {name} holds NaN or infinity: did the training that wrote it "
+                "diverge? Take an earlier checkpoint"
+            )
 
 
 def translate(name: str, table: KeyTable) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from torch import Tensor
 
 from checkpoint_io.config import config_from_mapping, config_to_mapping, read_yaml
-from checkpoint_io.tensors import CheckpointError, read_tensors
+from checkpoint_io.errors import CheckpointError
+from checkpoint_io.tensors import read_tensors
 
 T = TypeVar("T")
 Layout: TypeAlias = Literal["native", "minDALL-E", "minDALL-E fine-tuned", "rq-vae", "taming"]

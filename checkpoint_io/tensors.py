@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import ctypes
 import mmap
@@ -10,8 +9,6 @@ import os
 import re
 import secrets
 import sys
-import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint_io.errors import CheckpointError
+from checkpoint_io.pickles import read_pickle
+
 WORTH_RELEASING = 1 << 18
 """Bytes of a tensor below which nobody asks the system whether it is mapped."""
 
 
 _TEMPORARY = re.compile(r"\..+-[0-9a-f]{16}(\.[^.]+)?")  # what `atomic_path` calls a file until it is whole
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is truncated, hostile, of an unknown layout, or at odds with its own config."""
 
 
 def read_tensors(path: str | Path) -> dict[str, Any]:
@@ -43,19 +39,19 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if the file is truncated, not a checkpoint, or asks to run code.
+        CheckpointError: if the file is truncated, not a checkpoint, or asks to run code, or if it
+            holds a sparse, quantised, nested, complex or otherwise unusual tensor.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_pickle(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__}, expected a mapping of names to tensors: "
             "was a whole model pickled? Save its state_dict() instead"
         )
+    check_tensors(content, path)
     return dict(content)
 
 
@@ -102,77 +98,44 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         ) from error
 
 
-# what torch's restricted unpickler says of a class it does not know, of a function in a module that it never
-# allows, and of a stand-in that the file goes on to fill like a dict or a list
-_UNKNOWN = re.compile(r"Unsupported global: GLOBAL ([\w.]+) was not an allowed global")
-_BLOCKED = re.compile(r"unsupported GLOBAL ([\w.]+) whose module [\w.]+ is blocked")
-_FILLED = re.compile(r"Can only (SETITEM|append).*but got <class '([\w.]+)'>")
+def check_tensors(content: Mapping[Any, Any], path: Path) -> None:
+    """Refuse tensors that no parameter can be made of, wherever in a mapping they are.
 
+    Args:
+        content: of a file; mappings in it are looked into.
+        path: of the file, for the message.
 
-def _read_pickle(path: Path) -> Any:
-    """torch.load with `weights_only=True`; each class it does not know is replaced by an inert stand-in."""
-    is_zip = zipfile.is_zipfile(path)  # the format since torch 1.6; only it can be mapped
-    bases: dict[str, type] = {}  # class in the file -> what its stand-in is filled like
-    while True:
-        try:
-            with torch.serialization.safe_globals([_stand_in(name, base) for name, base in bases.items()]):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except Exception as error:  # noqa: PERF203  (a damaged file fails in any of a dozen ways)
-            function = _forbidden_function(str(error))
-            if function:
-                raise CheckpointError(f"{path} is refused, it asks to run {function}") from error
-            missing = _missing_stand_in(str(error), bases)
-            if missing is None:
-                raise CheckpointError(
-                    f"{path} ({path.stat().st_size} bytes) is not a readable torch checkpoint: "
-                    f"{_reason(error)}. Was the download cut short?"
-                ) from error
-            bases.update(missing)
-
-
-def _reason(error: Exception) -> str:
-    """The first sentence of an error, without torch's advice to load the file unsafely."""
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
-    return text.splitlines()[0].split(". ")[0].rstrip(".")
-
-
-def _forbidden_function(message: str) -> str | None:
-    """What no honest checkpoint names: a function among the builtins, or anything of a blocked module."""
-    blocked, unknown = _BLOCKED.search(message), _UNKNOWN.search(message)
-    if blocked:
-        return blocked[1]
-    # torch leaves the module of builtins out
-    if unknown and "." not in unknown[1] and not isinstance(getattr(builtins, unknown[1], None), type):
-        return unknown[1]
-    return None
-
-
-def _missing_stand_in(message: str, bases: Mapping[str, type]) -> dict[str, type] | None:
-    """The class that kept torch from reading on, and what its stand-in must be like; None = none helps."""
-    unknown, filled = _UNKNOWN.search(message), _FILLED.search(message)
-    if unknown:
-        name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
-        return {name: object} if name not in bases else None
-    if filled and bases.get(filled[2]) is object:
-        return {filled[2]: OrderedDict if filled[1] == "SETITEM" else list}
-    return None
-
-
-def _stand_in(name: str, base: type) -> type:
-    """A class that can be built and filled like the one called `name`, and does nothing.
-
-    torch fills plain containers only: instances of a stand-in for a dict or a list are its `base` itself.
+    Raises:
+        CheckpointError: names the tensor and what is unusual about it.
     """
+    levels, seen = [content], {id(content)}  # a mapping may hold itself
+    while levels:
+        for name, value in levels.pop().items():
+            if isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                levels.append(value)
+            elif isinstance(value, Tensor) and (kind := _unusual(value)):
+                raise CheckpointError(
+                    f"{path}: {str(name)[:200]} is {kind}, expected a dense tensor of real numbers: "
+                    "convert it before it is saved"
+                )
 
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return object.__new__(cls) if base is object else base()
 
-    def ignore(self: Any, *args: Any, **kwargs: Any) -> None:
-        return None
-
-    module, _, qualname = name.rpartition(".")
-    members = {"__new__": new, "__init__": ignore, "__setstate__": ignore, "__module__": module}
-    return type(qualname, (), members | {"__hash__": object.__hash__})
+def _unusual(tensor: Tensor) -> str:
+    """What keeps a tensor from being the values of a parameter; "" if nothing does."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a sparse tensor ({tensor.layout})"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_meta:
+        return "a tensor without values (of the meta device)"
+    if tensor.is_complex():
+        return "a tensor of complex numbers"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        return f"a tensor of {tensor.nbytes} bytes repeated from fewer"
+    return ""
 
 
 @contextlib.contextmanager

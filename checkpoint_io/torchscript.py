@@ -12,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from checkpoint_io.tensors import CheckpointError
+from checkpoint_io.errors import CheckpointError
+from checkpoint_io.pickles import check_archive
+from checkpoint_io.tensors import check_tensors
 
 
 def is_torchscript(path: Path) -> bool:
@@ -31,25 +33,33 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return dict(_named_tensors(_TreeUnpickler(archive).load()))
+            check_archive(archive, path)
+            tensors = dict(_named_tensors(_TreeUnpickler(archive).load()))
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from error
     except Exception as error:  # a damaged file fails in any of a dozen ways
         raise CheckpointError(
             f"{path} is not a readable TorchScript archive: {error}. Was the download cut short?"
         ) from error
+    check_tensors(tensors, path)
+    return tensors
 
 
 class _ScriptModule:
     """A module of the archive: its attributes, without its code."""
 
 
-def _named_tensors(module: _ScriptModule, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for name, value in vars(module).items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _ScriptModule):
-            yield from _named_tensors(value, f"{prefix}{name}.")
+def _named_tensors(root: _ScriptModule) -> Iterator[tuple[str, Tensor]]:
+    """Each module once: one may hold itself, or be held a million times."""
+    levels, seen = [("", root)], {id(root)}
+    while levels:
+        prefix, module = levels.pop()
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield prefix + name, value
+            elif isinstance(value, _ScriptModule) and id(value) not in seen:
+                seen.add(id(value))
+                levels.append((f"{prefix}{name}.", value))
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
@@ -84,7 +94,8 @@ class _TreeUnpickler(pickle.Unpickler):
         tree = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         super().__init__(archive.open(tree))
         self._archive = archive
-        self._storages = tree.removesuffix(".pkl")  # a directory, one file per storage
+        self._folder = tree.removesuffix(".pkl")  # one file per storage
+        self._storages: dict[tuple[str, torch.dtype], Tensor] = {}  # each is read once
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "__torch__":
@@ -95,4 +106,7 @@ class _TreeUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid  # "storage", dtype, file, device, length
-        return torch.frombuffer(bytearray(self._archive.read(f"{self._storages}/{key}")), dtype=dtype)
+        if (key, dtype) not in self._storages:
+            content = bytearray(self._archive.read(f"{self._folder}/{key}"))
+            self._storages[key, dtype] = torch.frombuffer(content, dtype=dtype)
+        return self._storages[key, dtype]

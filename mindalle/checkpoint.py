@@ -17,6 +17,7 @@ from checkpoint_io import (
     CheckpointPart,
     Layout,
     atomic_path,
+    check_bounds,
     config_to_mapping,
     find_parts,
     write_safetensors,
@@ -41,10 +42,11 @@ class SamplingDefaults:
     """How a checkpoint is sampled unless the user says otherwise."""
 
     params: SamplingParams = field(default_factory=SamplingParams)
-    num_candidates: int = 1  # drawn per image that is kept, when there is a CLIP to choose with; >= 1
+    num_candidates: int = 1  # drawn per image that is kept, if there is a CLIP to choose with; in [1, 65536]
 
     def __post_init__(self) -> None:
-        if type(self.num_candidates) is not int or self.num_candidates < 1:
+        check_bounds(self, num_candidates=1 << 16)
+        if self.num_candidates < 1:
             raise ValueError(f"num_candidates must be an integer of at least 1, got {self.num_candidates!r}")
 
 

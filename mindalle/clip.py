@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from checkpoint_io import CheckpointError
+from checkpoint_io import CheckpointError, check_bounds
 from mindalle.clip_model import RESNET_EXPANSION, RESNET_STRIDE, Clip
 from mindalle.image import to_tensor
 
@@ -58,6 +58,15 @@ class ClipConfig:
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # > 0
 
     def __post_init__(self) -> None:
+        if self.resnet_stages is not None:
+            check_bounds(self, resnet_stages=1 << 10)
+        check_bounds(
+            self,
+            **dict.fromkeys(("vision_layers", "text_layers"), 1 << 10),
+            **dict.fromkeys(("image_size", "vision_patch_size", "vision_head_width", "text_heads"), 1 << 12),
+            **dict.fromkeys(("embed_dim", "vision_width", "text_width", "context_length"), 1 << 16),
+            vocab_size=1 << 24,
+        )
         for name, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -135,6 +144,11 @@ class ClipTokenizer:
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         for row, text in zip(ids, texts, strict=True):
             words = self._tokenizer.encode(text, add_special_tokens=False).ids[: self.context_length - 2]
+            if max(words, default=0) >= self.start_id:
+                raise ValueError(
+                    f"the text tokenizer gives the id {max(words)}, expected ids below {self.start_id}, "
+                    "the number of its words: its file has gaps; train it again (tools/train_tokenizer.py)"
+                )
             row[: len(words) + 2] = torch.tensor([self.start_id, *words, self.end_id])
         return ids
 
@@ -194,7 +208,9 @@ def make_clip_tokenizer(content: bytes, config: ClipConfig, *, source: str, wher
 
     try:
         tokenize = ClipTokenizer(Tokenizer.from_buffer(content), config.context_length)
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except BaseException as error:  # the library raises bare Exceptions, and panics that are not even those
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise CheckpointError(f"{source} is not a Hugging Face tokenizer: {error}") from error
     if config.vocab_size != tokenize.vocab_size:
         raise ValueError(

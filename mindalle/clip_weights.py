@@ -86,9 +86,10 @@ def load_native_clip(directory: str | Path) -> NativeClip:
     config = checkpoint_io.config_from_mapping(ClipConfig, section, where=where)
     tokenize = read_clip_tokenizer(directory / "text_tokenizer.json", config, where=where)
     weights = directory / "clip.safetensors"
-    with checkpoint_io.without_storage():
+    with checkpoint_io.without_storage(where):
         model = config.build()
     checkpoint_io.load_strict(model, checkpoint_io.read_tensors(weights), source=str(weights))
+    checkpoint_io.check_finite(model, source=str(weights))
     return NativeClip(model=model.eval(), config=config, tokenize=tokenize)
 
 
@@ -131,9 +132,10 @@ def _load_openai_file(path: Path) -> ClipParts:
             f"{path} has {config.vocab_size} text ids, expected {OPENAI_VOCAB_SIZE} for OpenAI's tokenizer: "
             "pass the model and its own tokenizer to ClipReranker(model, preprocess, tokenize)"
         )
-    with checkpoint_io.without_storage():
+    with checkpoint_io.without_storage(str(path)):
         model = config.build()
     checkpoint_io.load_strict(model, tensors, source=str(path))
+    checkpoint_io.check_finite(model, source=str(path))
     tokenize = _import_open_clip().SimpleTokenizer(context_length=config.context_length)
     return model, config.preprocess(), tokenize
 
@@ -186,5 +188,10 @@ def infer_config(tensors: Mapping[str, Tensor], *, source: str) -> ClipConfig:
         )
     except CheckpointError:
         raise
-    except (ValueError, IndexError) as error:  # a shape of too few dimensions, a width of no whole heads
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        ArithmeticError,
+    ) as error:  # a shape of too few dimensions, a width of no whole heads
         raise CheckpointError(f"{source} is no CLIP of OpenAI's format: {error}") from error

@@ -31,11 +31,20 @@ TIMEOUT_SECONDS = 30.0  # of silence from the server
 CHUNK_BYTES = 1 << 18  # at most this much is lost when a connection breaks
 MAX_MEMBERS = 10_000  # a released archive has about ten
 MAX_HEADER_BYTES = 1 << 20  # of a long name or another extension, which tarfile reads at once
+MAX_DOWNLOAD_BYTES = 64 << 30  # a server that announces no length may send for ever
 MAX_UNPACKED_BYTES = 64 << 30  # the largest release holds 3.9B float32 parameters, 32 GB with their averages
 
 # An HTTP status is an answer, not a broken connection: HTTPError, a URLError, is handled before these.
 _CONNECTION_ERRORS = (URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
-_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OverflowError)
+_ARCHIVE_ERRORS = (
+    tarfile.TarError,
+    EOFError,
+    RecursionError,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OverflowError,
+)
 _EXTENSION_TYPES = b"LKxgX"  # long names and pax headers, one letter each
 
 
@@ -144,6 +153,10 @@ def _fetch(url: str, part: Path, *, copies: int) -> None:
             bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, disable=None)
             with bar:  # hidden where stderr is no terminal
                 while chunk := response.read(CHUNK_BYTES):
+                    if (start := start + len(chunk)) > MAX_DOWNLOAD_BYTES:
+                        part.unlink()
+                        most = _gigabytes(MAX_DOWNLOAD_BYTES)
+                        raise OSError(f"{url} sends more than {most}, more than any release has")
                     file.write(chunk)
                     bar.update(len(chunk))
     # Short bodies end without an error in http.client.

@@ -88,6 +88,7 @@ class ClipReranker:
 
         Raises:
             ValueError: if there are no images.
+            FloatingPointError: if the model's features are no numbers.
         """
         if not images:
             raise ValueError("images must hold at least one picture, got none")
@@ -98,7 +99,7 @@ class ClipReranker:
                 batch = images[start : start + self.batch_size]
                 pixels = torch.stack([self.preprocess(image) for image in batch])  # (batch, 3, H, W)
                 features.append(unit(self.model.encode_image(pixels.to(device, dtype))))
-        return torch.cat(features).cpu()  # out of inference mode: a tensor like any other
+        return _finite(torch.cat(features).cpu())  # out of inference mode: a tensor like any other
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Features of n texts.
@@ -108,6 +109,7 @@ class ClipReranker:
 
         Raises:
             ValueError: if there are no texts.
+            FloatingPointError: if the model's features are no numbers.
         """
         if not texts:
             raise ValueError("texts must hold at least one text, got none")
@@ -117,7 +119,17 @@ class ClipReranker:
             for start in range(0, len(texts), self.batch_size):
                 ids = self.tokenize(list(texts[start : start + self.batch_size]))  # (batch, N)
                 features.append(unit(self.model.encode_text(ids.to(device))))
-        return torch.cat(features).cpu()
+        return _finite(torch.cat(features).cpu())
+
+
+def _finite(features: Tensor) -> Tensor:
+    """Refuse features that would rank nothing."""
+    if not features.isfinite().all():
+        raise FloatingPointError(
+            "the CLIP gives features that are NaN or infinite: its weights are damaged, or its training "
+            "diverged; rank with another one, or not at all"
+        )
+    return features
 
 
 def _placement(model: ClipModel) -> tuple[torch.device, torch.dtype]:

@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoint_io import CheckpointError, config_from_mapping, load_strict, read_tensors, read_yaml
+from checkpoint_io import (
+    CheckpointError,
+    check_finite,
+    config_from_mapping,
+    load_strict,
+    read_tensors,
+    read_yaml,
+    without_storage,
+)
 from mindalle.clip import ClipConfig, NativeClip, make_clip_tokenizer
 from mindalle.clip_weights import load_native_clip
 from mindalle.hub import resolve_model
@@ -79,13 +87,16 @@ class Run:
         }
         model: nn.Module
         if self.kind == "clip":
-            model = self.config.build()
+            with without_storage(str(self.file)):
+                model = self.config.build()
         elif self.kind in STAGE1:
             model = tokenizer_from_config(self.section, where=str(self.file))
         else:
             assert codebook is not None
-            model = build_model(self.config, codebook)
+            model = build_model(self.config, codebook, source=str(self.file))
         load_strict(model, tensors, source=str(self.file))
+        if self.kind not in STAGE2:  # whose logits are looked at when codes are drawn
+            check_finite(model, source=str(self.file))
         return model.eval()
 
     @property
@@ -224,7 +235,7 @@ def _checkpoint_files(directory: Path) -> list[Path]:
 def _read_run(file: Path, content: Mapping[str, Any]) -> Run:
     about = content[RUN_KEY]
     kind, config = (about.get("kind"), about.get("config")) if isinstance(about, Mapping) else (None, None)
-    if kind not in CONFIGS or not isinstance(config, Mapping):
+    if not isinstance(kind, str) or kind not in CONFIGS or not isinstance(config, Mapping):
         raise CheckpointError(
             f"{file} holds a model of kind {kind!r}, known are {', '.join(CONFIGS)}: "
             "was it trained by a newer version?"

@@ -97,7 +97,11 @@ class TextTokenizer:
             tokenizer = _read_bpe16k(path) if path.is_dir() else Tokenizer.from_file(str(path))
         except FileNotFoundError:
             raise
-        except Exception as error:  # the tokenizers library raises bare Exception
+        except (
+            BaseException
+        ) as error:  # the library raises bare Exceptions, and panics that are not even those
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise CheckpointError(f"{path} is not a readable text tokenizer: {error}") from error
         return cls(tokenizer, length=length, vocab_size=vocab_size)
 

@@ -107,7 +107,9 @@ class QuantizedAutoencoder(nn.Module):
         Raises:
             ValueError: if the shape or dtype is not that of images.
         """
-        return self.quantizer.encode(self.encode_latents(images))
+        latents = self.encode_latents(images)
+        _check_finite(latents, "latents")
+        return self.quantizer.encode(latents)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Draw the images that codes stand for.
@@ -123,7 +125,9 @@ class QuantizedAutoencoder(nn.Module):
             ValueError: if the codes have another shape or are out of range.
         """
         check_codes(codes, self.codebook_size, ndim=1 + len(self.code_shape))
-        return self.decode_latents(self.quantizer.decode(codes))
+        images = self.decode_latents(self.quantizer.decode(codes))
+        _check_finite(images, "pixels")
+        return images
 
     def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
         """Reconstruct images with gradients, for training.
@@ -136,3 +140,12 @@ class QuantizedAutoencoder(nn.Module):
         """
         quantized: QuantizerOutput = self.quantizer(self.encode_latents(images))
         return self.decode_latents(quantized.latents), quantized
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    """Refuse what would be black pictures, or codes that mean nothing."""
+    if not values.isfinite().all():
+        raise FloatingPointError(
+            f"the image tokenizer gives {what} that are NaN or infinite: its weights are damaged, "
+            f"its training diverged, or {values.dtype} is too narrow for it (try fp32)"
+        )

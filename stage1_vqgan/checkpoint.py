@@ -13,9 +13,11 @@ from checkpoint_io import (
     CheckpointError,
     CheckpointPart,
     KeyTable,
+    check_finite,
     config_from_mapping,
     find_parts,
     load_strict,
+    repeated,
     without_storage,
 )
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
@@ -142,14 +144,15 @@ def tokenizer_from_part(part: CheckpointPart, *, use_ema: bool = False) -> Quant
         )
         tensors, table = part.read(use_ema=use_ema), None
     elif part.layout == "rq-vae":
-        model = _empty(RQVAE, part.translate_config(rqvae_config))
+        model = _empty(RQVAE, part.translate_config(rqvae_config), where=str(part.file))
         tensors, table = part.read(use_ema=use_ema), RQVAE_KEYS
         _untie_codebooks(tensors, model.config.quantizer, source=str(part.file))
     else:
         translate = taming_config if part.layout == "taming" else mindalle_config
-        model = _empty(VQGAN, part.translate_config(translate))
+        model = _empty(VQGAN, part.translate_config(translate), where=str(part.file))
         tensors, table = part.read(use_ema=use_ema), VQGAN_KEYS
     load_strict(model, tensors, source=str(part.file), table=table)
+    check_finite(model, source=str(part.file))
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -171,15 +174,15 @@ def tokenizer_from_config(section: Mapping[str, Any], *, where: str) -> Any:
         raise CheckpointError(f"{where} must be a mapping with a type, got {section!r}")
     fields = dict(section)
     kind = fields.pop("type", None)
-    if kind not in STAGE1:
+    if not isinstance(kind, str) or kind not in STAGE1:
         raise CheckpointError(f"unknown type {kind!r} in {where}: known are {', '.join(STAGE1)}")
     cls, config_cls = STAGE1[kind]
-    return _empty(cls, config_from_mapping(config_cls, fields, where=where))
+    return _empty(cls, config_from_mapping(config_cls, fields, where=where), where=where)
 
 
-def _empty(cls: type[Any], config: Any) -> Any:
+def _empty(cls: type[Any], config: Any, *, where: str) -> Any:
     """A model without storage: `load_strict` makes each parameter real when its tensor arrives."""
-    with without_storage():
+    with without_storage(where):
         return cls(config)
 
 
@@ -229,7 +232,7 @@ def rqvae_config(yaml: Mapping[str, Any]) -> RQVAEConfig:
     sizes = hparams.get("n_embed", 512)
     width = hparams.get("embed_dim", 64)
     quantizer = ResidualQuantizerConfig(
-        codebook_sizes=tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,) * code[2],
+        codebook_sizes=repeated(sizes, code[2]),
         width=width * patch[0] * patch[1],
         is_shared=hparams["shared_codebook"],
         commitment_weight=hparams.get("latent_loss_weight", 0.25),

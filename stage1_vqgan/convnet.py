@@ -10,15 +10,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
+
 NORM_GROUPS = 32
+MAX_LEVELS = 12
+"""More than halve the sides of the largest picture to nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvNetConfig:
     """Shape of the encoder and of the decoder, its mirror image."""
 
-    image_size: int = 256  # side of the training images in pixels; fixes which levels have attention
-    channels: int = 128  # width of the first level; a multiple of 32
+    image_size: int = 256  # side of the training images in pixels; fixes which levels have attention; <= 4096
+    channels: int = 128  # width of the first level; a multiple of 32, <= 4096
     channel_multipliers: tuple[int, ...] = (
         1,
         1,
@@ -26,14 +30,26 @@ class ConvNetConfig:
         2,
         4,
     )  # width of each level; each but the last halves the sides
-    num_res_blocks: int = 2  # per level of the encoder (the decoder has one more), >= 1
+    num_res_blocks: int = 2  # per level of the encoder (the decoder has one more), in [1, 64]
     attention_resolutions: tuple[int, ...] = (16,)  # levels of this side (at image_size) get self-attention
-    latent_channels: int = 256  # channels of the encoder's output
+    latent_channels: int = 256  # channels of the encoder's output, <= 65536
     dropout: float = 0.0  # in the residual blocks while training, in [0, 1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        check_bounds(
+            self,
+            image_size=1 << 12,
+            channels=1 << 12,
+            channel_multipliers=1 << 6,
+            num_res_blocks=1 << 6,
+            latent_channels=1 << 16,
+        )
+        if len(self.channel_multipliers) > MAX_LEVELS:
+            raise ValueError(
+                f"channel_multipliers must be at most {MAX_LEVELS}, got {len(self.channel_multipliers)}"
+            )
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(f"channel_multipliers must be positive, got {self.channel_multipliers}")
         if self.channels < 1 or self.channels % NORM_GROUPS:

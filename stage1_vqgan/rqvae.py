@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from einops import rearrange
 from torch import Tensor
 
+from checkpoint_io import check_bounds
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.convnet import ConvNetConfig
 from stage1_vqgan.quantize import ResidualQuantizer, ResidualQuantizerConfig
@@ -25,6 +26,7 @@ class RQVAEConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch", tuple(self.patch))
+        check_bounds(self, latent_width=1 << 16, patch=1 << 12)
         if (
             len(self.patch) != 2
             or min(self.patch) < 1

@@ -16,6 +16,7 @@ from checkpoint_io import (
     KeyTable,
     config_from_mapping,
     load_strict,
+    repeated,
     without_storage,
 )
 from stage2_transformer.conditioning import ConditionConfig
@@ -133,7 +134,7 @@ def model_from_part(
         config = part.translate_config(partial(mindalle_config, code_shape=code_shape))
         table, tensors = MINDALLE_KEYS, part.read(use_ema=use_ema)
     check_fit(config, code_shape, codebook, source=str(part.file))
-    model = build_model(config, codebook)
+    model = build_model(config, codebook, source=str(part.file))
     for name in WITH_LEADING_ONE & set(tensors):
         if tensors[name].ndim == 3:  # of others `load_strict` says what was expected
             tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
@@ -186,23 +187,27 @@ def model_config(section: Mapping[str, Any], *, where: str) -> ModelConfig:
         raise CheckpointError(f"{where} must be a mapping with a type, got {section!r}")
     fields = dict(section)
     kind = fields.pop("type", None)
-    if kind not in STAGE2:
+    if not isinstance(kind, str) or kind not in STAGE2:
         raise CheckpointError(f"unknown type {kind!r} in {where}: known are {', '.join(STAGE2)}")
     config: ModelConfig = config_from_mapping(STAGE2[kind][1], fields, where=where)
     return config
 
 
-def build_model(config: ModelConfig, codebook: Tensor) -> Model:
+def build_model(config: ModelConfig, codebook: Tensor, *, source: str = "the model") -> Model:
     """A model without storage: `load_strict` makes each parameter real when its tensor arrives.
 
     Args:
         config: of the model.
         codebook: (D, V, C) of the image tokenizer.
+        source: where the config is from, for messages.
 
     Returns:
         The model, its parameters on the meta device.
+
+    Raises:
+        CheckpointError: if no model can be built of it.
     """
-    with without_storage():
+    with without_storage(source):
         return model_class(config)(config, codebook)  # type: ignore[no-any-return]
 
 
@@ -283,7 +288,7 @@ def rq_config(yaml: Mapping[str, Any]) -> RQTransformerConfig:
         body=_rq_stack(arch, "body"),
         head=_rq_stack(arch, "head"),
         condition=ConditionConfig(kind=kind, vocab_size=vocab_size, length=length),
-        codebook_sizes=tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,) * depth,
+        codebook_sizes=repeated(sizes, depth),
         code_shape=tuple(arch["block_size"]),
         codebook_width=arch.get("input_embed_dim") or 1,
         has_codebook_body=arch.get("input_emb_vqvae", False),

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
 from stage2_transformer.layers import normal_parameter
 
 PAD_ID = 0
@@ -20,11 +21,12 @@ class ConditionConfig:
     """What a model is conditioned on."""
 
     kind: Literal["text", "class", "none"] = "text"
-    vocab_size: int = 16384  # text: V_text; class: number of classes; none: 1
-    length: int = 64  # text: N, ids per prompt; class and none: 1
+    vocab_size: int = 16384  # text: V_text; class: number of classes; none: 1; <= 2**24
+    length: int = 64  # text: N, ids per prompt, <= 65536; class and none: 1
     has_null_class: bool = False  # class: one more embedding, trained as the null condition of guidance
 
     def __post_init__(self) -> None:
+        check_bounds(self, vocab_size=1 << 24, length=1 << 16)
         if self.kind not in ("text", "class", "none"):
             raise ValueError(f"condition kind must be text, class or none, got {self.kind!r}")
         if self.vocab_size < 1 or self.length < 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
 from stage2_transformer.cache import KVCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
 from stage2_transformer.interface import SequenceOutput, flatten_codes, raster_depths
@@ -28,12 +29,13 @@ class GPTConfig:
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     condition: ConditionConfig = field(default_factory=ConditionConfig)
-    vocab_size: int = 16384  # V, of the image tokenizer, >= 1
-    code_shape: tuple[int, ...] = (16, 16)  # (h, w) or (h, w, D), flattened in raster order
+    vocab_size: int = 16384  # V, of the image tokenizer, in [1, 2**24]
+    code_shape: tuple[int, ...] = (16, 16)  # (h, w) or (h, w, D), flattened in raster order; <= 4096 each
     embedding_dropout: float = 0.0  # of embeddings while training, in [0, 1)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "code_shape", tuple(self.code_shape))
+        check_bounds(self, vocab_size=1 << 24, code_shape=1 << 12)
         if self.vocab_size < 1 or len(self.code_shape) not in (2, 3) or min(self.code_shape) < 1:
             raise ValueError(
                 f"vocab_size must be positive and code_shape (h, w) or (h, w, D), "

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint_io import check_bounds
 from stage2_transformer.cache import DecodeStep, KVCache, PromptStep
 from stage2_transformer.linear import Linear
 
@@ -20,9 +21,9 @@ from stage2_transformer.linear import Linear
 class TransformerConfig:
     """Shape of a transformer stack."""
 
-    width: int = 1536  # C, channels of the residual stream; a multiple of num_heads
-    num_layers: int = 42  # L, >= 1
-    num_heads: int = 24  # nh, >= 1
+    width: int = 1536  # C, channels of the residual stream; a multiple of num_heads, <= 65536
+    num_layers: int = 42  # L, in [1, 1024]
+    num_heads: int = 24  # nh, in [1, 4096]
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # of the MLP: exact, or x * sigmoid(1.702 x)
     has_attention_bias: bool = True  # in query, key, value and projection
     has_mlp_bias: bool = True  # in both layers of the MLP
@@ -30,6 +31,7 @@ class TransformerConfig:
     attention_dropout: float = 0.0  # of attention weights while training, in [0, 1)
 
     def __post_init__(self) -> None:
+        check_bounds(self, width=1 << 16, num_layers=1 << 10, num_heads=1 << 12)
         if self.num_layers < 1 or self.num_heads < 1 or self.width < 1 or self.width % self.num_heads:
             raise ValueError(
                 f"width must be a multiple of num_heads and all at least 1, got width {self.width}, "

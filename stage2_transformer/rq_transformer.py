@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
 from stage2_transformer.cache import RQCache
 from stage2_transformer.conditioning import Condition, ConditionConfig
 from stage2_transformer.interface import SequenceOutput, flatten_codes, raster_depths
@@ -32,8 +33,13 @@ class RQTransformerConfig:
     condition: ConditionConfig = field(
         default_factory=lambda: ConditionConfig(kind="class", vocab_size=1000, length=1)
     )
-    codebook_sizes: tuple[int, ...] = (16384, 16384, 16384, 16384)  # V of each depth, >= 1; the length is D
-    code_shape: tuple[int, ...] = (8, 8, 4)  # (h, w, D)
+    codebook_sizes: tuple[int, ...] = (
+        16384,
+        16384,
+        16384,
+        16384,
+    )  # V of each of D depths, in [1, 2**24]
+    code_shape: tuple[int, ...] = (8, 8, 4)  # (h, w, D), <= 4096 each
     codebook_width: int = 256  # C of the image tokenizer's codebook, used where codes enter as its vectors
     has_codebook_body: bool = True  # the body reads codes as codebook vectors and a linear layer, not a table
     has_codebook_head: bool = True  # so does the head
@@ -45,6 +51,7 @@ class RQTransformerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
         object.__setattr__(self, "code_shape", tuple(self.code_shape))
+        check_bounds(self, codebook_sizes=1 << 24, code_shape=1 << 12, codebook_width=1 << 16)
         is_shape = len(self.code_shape) == 3 and min(self.code_shape) >= 1
         if not is_shape or len(self.codebook_sizes) != self.code_shape[2]:
             raise ValueError(

@@ -8,13 +8,17 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+MAX_MESSAGE = 2000
+"""Characters of an error: a file of a million keys should not fill the screen."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LESS_MEMORY = {"--batch-size": "a smaller --batch-size", "--precision": "--precision int8"}
 """What takes less memory, by the option that a command must have for it."""
@@ -50,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line and exit with code 2."""
-        self.exit(USAGE_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
@@ -81,7 +85,9 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # else the interpreter's last flush complains
         return FAILURE
-    except Exception as error:
+    except BaseException as error:  # with the panics of libraries in Rust, which are no Exceptions
+        if isinstance(error, (SystemExit, GeneratorExit)):
+            raise
         if args.debug:
             traceback.print_exc()
         print(f"{parser.prog}: error: {describe(error, parser.options)}", file=sys.stderr)
@@ -89,7 +95,7 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
     return 0
 
 
-def describe(error: Exception, options: Collection[str] = ()) -> str:
+def describe(error: BaseException, options: Collection[str] = ()) -> str:
     """One line for a person.
 
     Args:
@@ -99,6 +105,23 @@ def describe(error: Exception, options: Collection[str] = ()) -> str:
     Returns:
         The message of an error meant for users; the type and a hint at --debug for any other.
     """
+    return printable(_describe(error, options))
+
+
+def printable(text: str) -> str:
+    """A text from a file or its name as a terminal may show it: one line, not long, nothing that acts."""
+    text = " ".join(text.split())
+    if len(text) > MAX_MESSAGE:
+        half = MAX_MESSAGE // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    # control characters, marks that turn the direction of writing, and surrogates of names that are no UTF-8
+    return "".join(
+        letter if unicodedata.category(letter) not in ("Cc", "Cf", "Cs") else ascii(letter)[1:-1]
+        for letter in text
+    )
+
+
+def _describe(error: BaseException, options: Collection[str]) -> str:
     message = " ".join(str(error).split())
     place = getattr(error, "filename", None)
     system = re.search(r"(?:os error|code:) (\d+)", message)  # safetensors puts what the system says in words
@@ -130,11 +153,12 @@ def with_option_names(message: str) -> str:
 
 def say(line: object, *, is_note: bool = False) -> None:
     """Print a line, above the progress bar if there is one: results to stdout, notes to stderr."""
+    line = str(line).encode(errors="backslashreplace").decode()  # of names that are no UTF-8
     file = sys.stderr if is_note else sys.stdout
     if sys.stderr.isatty():
         from tqdm import tqdm  # lazy: --help is quick
 
-        tqdm.write(str(line), file=file)
+        tqdm.write(line, file=file)
         file.flush()
     else:  # in a log the bar is a line of its own
         print(line, file=file, flush=True)
@@ -148,7 +172,7 @@ class _Handler(logging.Handler):
         self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
+        line = printable(self.format(record))
         if line not in self.said:
             self.said.add(line)
             say(line, is_note=True)
@@ -234,3 +258,16 @@ def check_writable(directory: Path, option: str) -> None:
         raise NotADirectoryError(f"{option} must be a directory, but {existing} is a file: choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"{option} {directory}: {existing} is not writable: choose another")
+    try:
+        directory.lstat()
+    except FileNotFoundError:  # as it should
+        pass
+    except OSError as error:
+        raise OSError(f"{option}: {error.strerror}: choose another") from error
+    try:  # rights do not tell of a disk that is read-only, or of a directory that takes no files
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{option} {directory}: {existing} takes no files ({error.strerror}): choose another"
+        ) from error

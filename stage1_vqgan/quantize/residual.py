@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
 from stage1_vqgan.quantize.interface import (
     Assignment,
     Cluster,
@@ -23,13 +24,19 @@ from stage1_vqgan.quantize.interface import (
 class ResidualQuantizerConfig:
     """Depth and codebooks."""
 
-    codebook_sizes: tuple[int, ...] = (16384, 16384, 16384, 16384)  # V of each depth, >= 1; the length is D
-    width: int = 256  # channels of an entry, >= 1
+    codebook_sizes: tuple[int, ...] = (
+        16384,
+        16384,
+        16384,
+        16384,
+    )  # V of each of D depths, in [1, 2**24]
+    width: int = 256  # channels of an entry, in [1, 65536]
     is_shared: bool = True  # one codebook for all depths (then all sizes are equal), or one each
     commitment_weight: float = 0.25  # weight of the commitment loss, >= 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
+        check_bounds(self, codebook_sizes=1 << 24, width=1 << 16)
         if not self.codebook_sizes or min(self.codebook_sizes) < 1 or self.width < 1:
             raise ValueError(
                 f"codebook_sizes and width must be at least 1, got {self.codebook_sizes} and {self.width}"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
 from stage1_vqgan.quantize.interface import (
     Assignment,
     Cluster,
@@ -23,11 +24,12 @@ from stage1_vqgan.quantize.interface import (
 class VectorQuantizerConfig:
     """Size of the codebook and weight of the loss that trains it."""
 
-    codebook_size: int = 16384  # V, number of entries, >= 1
-    width: int = 256  # C, channels of an entry, >= 1
+    codebook_size: int = 16384  # V, number of entries, in [1, 2**24]
+    width: int = 256  # C, channels of an entry, in [1, 65536]
     commitment_weight: float = 0.25  # beta: weight of the encoder's term against the codebook's, >= 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, codebook_size=1 << 24, width=1 << 16)
         if self.codebook_size < 1 or self.width < 1:
             raise ValueError(
                 f"codebook_size and width must be at least 1, got {self.codebook_size} and {self.width}"

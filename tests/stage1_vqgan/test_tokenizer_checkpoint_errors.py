@@ -368,7 +368,7 @@ class TestConfigs:
             ({"code_shape": [0, 4, 3]}, "not usable: .*zero"),
             (
                 {"n_embed": 24.0},
-                "not usable: RQVAEConfig: Value .* could not be converted to Integer",
+                "not usable: codebook_sizes must be of whole numbers, got",
             ),
             (
                 {"shared_codebook": None},
