@@ -187,6 +187,12 @@ def add_ema_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--ema", action="store_true", help=help_)
 
 
+def add_data_options(parser: argparse._ActionsContainer) -> None:
+    """What a data set leaves open to who reads it."""
+    help_ = "run the commands that data named pipe:COMMAND is read from, in a shell"
+    parser.add_argument("--allow-pipe", action="store_true", help=help_)
+
+
 def check_device(device: str) -> None:
     """Refuse a device that is not there, before anything is loaded.
 

@@ -9,7 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mindalle.cli.command import Parser, add_checkpoint_options, add_ema_option, positive_int, run
+from mindalle.cli.command import (
+    Parser,
+    add_checkpoint_options,
+    add_data_options,
+    add_ema_option,
+    positive_int,
+    run,
+)
 
 METRICS = ("fd", "kd", "is", "pr", "clip_score", "r_precision")
 RECONSTRUCTION_METRICS = ("pixels", "perceptual", "rfd", "codebook")
@@ -103,6 +110,7 @@ def build_model_parser(prog: str) -> Parser:
 
 
 def _add_common(parser: Parser) -> Parser:
+    add_data_options(parser)
     add = parser.add_argument
     networks = ("inception", "efflite", "clip")
     add("--features", choices=networks, default="inception", help="feature network (inception, a download)")

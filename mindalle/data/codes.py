@@ -62,6 +62,7 @@ class CodeData(StreamData):
         soft_targets_temperature: of the distributions over codes that are to be predicted instead of the
             codes, in squared units of the latents, > 0 (RQ-VAE only); None = the codes.
         is_stochastic: draw the codes of training from these distributions, instead of taking the nearest.
+        allow_pipe: whether `pipe:` addresses may run their commands.
 
     Raises:
         ValueError: if arguments contradict each other or are out of range.
@@ -84,6 +85,7 @@ class CodeData(StreamData):
         bpe_dropout: float = 0.0,
         soft_targets_temperature: float | None = None,
         is_stochastic: bool = False,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if soft_targets_temperature is not None and soft_targets_temperature <= 0:
@@ -105,6 +107,7 @@ class CodeData(StreamData):
         self.bpe_dropout = bpe_dropout
         self.temperature = soft_targets_temperature
         self.is_stochastic = is_stochastic
+        self.allow_pipe = allow_pipe
         self.caches: dict[Split, CodeCache] = {}
         """Empty before `setup`."""
 
@@ -130,7 +133,7 @@ class CodeData(StreamData):
     def _job(self, split: Split, spec: str | list[str]) -> EncodingJob:
         size = load_image_tokenizer(self.image_tokenizer).convnet.image_size
         return EncodingJob(
-            source=open_source(spec),
+            source=open_source(spec, allow_pipe=self.allow_pipe),
             image_tokenizer=self.image_tokenizer,
             directory=self._directory(split),
             transform=self.transform or TransformConfig(image_size=size),
