@@ -174,7 +174,9 @@ def _parts_of_directory(root: Path) -> Parts:
         found = _parts_of_folder(folder)
         if {part.layout for part in found.values()} == {"rq-vae"}:
             parts |= found
-    for folder in (root, *(root / name for name in FOLDERS)):
+    folders = [root, *(root / name for name in FOLDERS)]
+    # a .ckpt before a stray .pt beside the folder of checkpoints
+    for folder in sorted(folders, key=lambda folder: not any(folder.glob("*.ckpt"))):
         parts = parts or _parts_of_folder(folder)
     return parts
 

@@ -272,6 +272,11 @@ class TestConfigOfAFile:
         assert self.yaml(tmp_path) == "model.yaml"
 
 
+def test_a_stray_file_above_the_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path, LAYOUTS["taming logs"][0] | {"features.pt": ""})
+    assert find_parts(tmp_path)["image_tokenizer"].file.name == "last.ckpt"
+
+
 @pytest.mark.parametrize(("config", "suffix"), [(TAMING, "ckpt"), (MINDALLE, "ckpt"), (RQ, "pt")])
 def test_several_checkpoints(tmp_path: Path, config: str, suffix: str) -> None:
     write(tmp_path, {"config.yaml": config, f"epoch1_model.{suffix}": ""})
