@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +14,12 @@ MAX_LIST = 1 << 12
 MAX_ENTRIES = 64
 """Of a tuple in a config: levels of a network, depths of a code."""
 
+_EXPONENT = re.compile(r"[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)[eE][-+]?[0-9]+")
+"""Numbers such as 1e-4, which YAML 1.1 takes for text."""
+
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file to plain dicts and lists, OmegaConf interpolations resolved.
+    """Read a YAML file to plain dicts and lists, OmegaConf interpolations resolved where they can be.
 
     Args:
         path: the file.
@@ -27,18 +31,64 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no YAML mapping.
     """
-    from omegaconf import OmegaConf  # lazy: importing a stage loads torch and einops only
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no config at {path}: a checkpoint directory holds a config.yaml")
     try:
-        mapping = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # OmegaConf and PyYAML share no base class
+        mapping = _parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (Exception, RecursionError) as error:  # a damaged file fails in any of a dozen ways
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, got {type(mapping).__name__}")
-    return {str(key): value for key, value in mapping.items()}
+    resolved = _resolve(mapping, _to_omegaconf(mapping))
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _parse_yaml(text: str) -> Any:
+    """Plain values; what a tag would make an object of is a list if it was one, else the tag's name."""
+    import yaml  # lazy: importing a stage loads torch and einops only
+
+    class Loader(yaml.SafeLoader):
+        """Numbers as YAML 1.2 and OmegaConf write them; inert tags: none is imported, called or refused."""
+
+    def inert(loader: Any, node: Any) -> Any:
+        is_list = isinstance(node, yaml.SequenceNode) and node.tag.endswith("python/tuple")
+        return loader.construct_sequence(node, deep=True) if is_list else f"<{node.tag}>"
+
+    Loader.add_constructor(None, inert)
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
+    content = yaml.load(text, Loader)
+    return {} if content is None else content
+
+
+def _to_omegaconf(mapping: Any) -> Any:
+    """For its interpolations; None where it cannot be had."""
+    from omegaconf import OmegaConf  # lazy: importing a stage loads torch and einops only
+
+    try:
+        return OmegaConf.create(mapping)
+    except Exception:  # of a grammar that is not OmegaConf's, of types that it does not know
+        return None
+
+
+def _resolve(value: Any, config: Any) -> Any:
+    """`value` with interpolations replaced; one that cannot be is left as it stands, and may not matter."""
+    from omegaconf import OmegaConf
+
+    def item(key: Any, inner: Any) -> Any:
+        try:
+            found = None if config is None else config[key]
+            if isinstance(inner, str) and "${" in inner and config is not None:
+                return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        except Exception:  # OmegaConf's errors share no base class with those of its resolvers
+            return inner
+        return _resolve(inner, found)
+
+    if isinstance(value, dict):
+        return {key: item(key, inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [item(index, inner) for index, inner in enumerate(value)]
+    return value
 
 
 def config_from_mapping(cls: type[T], mapping: Mapping[str, Any], *, where: str) -> T:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,12 +24,13 @@ from checkpoint_io import (
 )
 from mindalle.clip import NativeClip
 from mindalle.hub import resolve_text_tokenizer
+from mindalle.run import Run, find_run, load_image_tokenizer
 from mindalle.text import BPE16K_FILES, TextTokenizer
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, tokenizer_from_part
 from stage1_vqgan.precision import decode_in_, pixel_dtype
 from stage2_transformer import GPT, STAGE2, RQTransformer, SamplingParams
-from stage2_transformer.checkpoint import model_from_part
+from stage2_transformer.checkpoint import check_fit, model_from_part
 from stage2_transformer.precision import precision_of
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class SamplingDefaults:
 class Checkpoint:
     """The loaded parts; None where a checkpoint has none."""
 
-    layout: Layout
+    layout: Layout | Literal["run"]
     image_tokenizer: QuantizedAutoencoder
     model: GPT | RQTransformer | None = None
     text_tokenizer: TextTokenizer | None = None
@@ -72,7 +73,8 @@ def load_checkpoint(
     """Load all parts of a checkpoint but CLIP, on the CPU.
 
     Args:
-        path: a directory or `.ckpt` file of any known layout, see `checkpoint_io.find_parts`.
+        path: a directory or file of weights of any known layout, see `checkpoint_io.find_parts`, or a
+            training run, see `mindalle.run.find_run`.
         text_tokenizer: what has it, if not the checkpoint, see `mindalle.hub.resolve_text_tokenizer`.
         use_ema: take the averaged weights of the sequence model, or of a tokenizer that is alone.
         precision: of the sequence model, see `stage2_transformer.choose_precision`; pictures are decoded in
@@ -91,7 +93,17 @@ def load_checkpoint(
         raise CheckpointError(
             f"{path} holds a CLIP alone, which ranks the pictures of a model: pass it as such (--clip)"
         )
-    parts = find_parts(path)
+    try:
+        parts = find_parts(path)
+    except CheckpointError:
+        run = find_run(path)
+        if run is None:
+            raise
+        if use_ema:
+            raise CheckpointError(
+                f"{run.file} is a training run, of which averages are taken anyway: leave out --ema, use_ema"
+            ) from None
+        return _checkpoint_of_run(run, text_tokenizer, precision, device)
     if "image_tokenizer" not in parts:
         raise CheckpointError(
             f"{path} has a sequence model but no image tokenizer: "
@@ -120,6 +132,33 @@ def load_checkpoint(
         if checkpoint.model.config.condition.kind == "text":
             checkpoint.text_tokenizer = _find_text_tokenizer(path, checkpoint.model, text_tokenizer)
     if text_tokenizer is not None and checkpoint.text_tokenizer is None:
+        logger.warning("the text tokenizer %s is not used: this model does not read text", text_tokenizer)
+    return checkpoint
+
+
+def _checkpoint_of_run(
+    run: Run, text_tokenizer: str | Path | None, precision: str, device: str | torch.device
+) -> Checkpoint:
+    """The last weights of a run, with the tokenizers that it was trained with."""
+    if run.kind in STAGE1:
+        return Checkpoint(layout="run", image_tokenizer=run.build())
+    if run.kind not in STAGE2:
+        raise CheckpointError(f"{run.file} holds a {run.kind}, expected one of {', '.join(STAGE1 | STAGE2)}")
+    named = run.data_setting("image_tokenizer")
+    if not named:
+        raise CheckpointError(
+            f"there is no config.yaml beside {run.file} that says which image tokenizer its codes are of: "
+            "name the run's directory, or make a checkpoint of it with tools/export.py --image-tokenizer"
+        )
+    image_tokenizer = load_image_tokenizer(named)
+    check_fit(run.config, image_tokenizer.code_shape, image_tokenizer.codebook(), source=str(run.file))
+    model = run.build(image_tokenizer.codebook().detach(), precision=precision, device=device)
+    decode_in_(image_tokenizer, pixel_dtype(precision_of(model), device))
+    checkpoint = Checkpoint(layout="run", image_tokenizer=image_tokenizer, model=model)
+    words = text_tokenizer or run.data_setting("text_tokenizer")
+    if run.config.condition.kind == "text":
+        checkpoint.text_tokenizer = _find_text_tokenizer(run.file, model, words)
+    elif text_tokenizer is not None:
         logger.warning("the text tokenizer %s is not used: this model does not read text", text_tokenizer)
     return checkpoint
 

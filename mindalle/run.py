@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from checkpoint_io import (
@@ -23,7 +24,7 @@ from mindalle.clip_weights import load_native_clip
 from mindalle.hub import resolve_model
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.checkpoint import STAGE1, load_tokenizer, tokenizer_from_config
-from stage2_transformer.checkpoint import STAGE2, build_model
+from stage2_transformer.checkpoint import STAGE2, build_model, fill_model
 
 RUN_KEY = "mindalle"
 """Of a Lightning checkpoint: what is needed to build the model, {"kind": ..., "config": ...}.
@@ -62,15 +63,24 @@ class Run:
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
 
-    def build(self, codebook: Tensor | None = None, *, use_raw: bool = False) -> Any:
+    def build(
+        self,
+        codebook: Tensor | None = None,
+        *,
+        use_raw: bool = False,
+        precision: str = "fp32",
+        device: str | torch.device = "cpu",
+    ) -> Any:
         """Build the model and fill it.
 
         Args:
             codebook: (D, V, C) of the image tokenizer, which a sequence model needs.
             use_raw: the weights of the last step instead of their averages.
+            precision: of a sequence model, see `stage2_transformer.choose_precision`.
+            device: where it will compute.
 
         Returns:
-            The model, in evaluation mode, float32, on the CPU.
+            The model, in evaluation mode, on the CPU, anything but a sequence model in float32.
 
         Raises:
             CheckpointError: if the weights do not fit the config, or there are no raw ones beside averages.
@@ -93,7 +103,8 @@ class Run:
             model = tokenizer_from_config(self.section, where=str(self.file))
         else:
             assert codebook is not None
-            model = build_model(self.config, codebook, source=str(self.file))
+            empty = build_model(self.config, codebook, source=str(self.file))
+            return fill_model(empty, tensors, source=str(self.file), precision=precision, device=device)
         load_strict(model, tensors, source=str(self.file))
         if self.kind not in STAGE2:  # whose logits are looked at when codes are drawn
             check_finite(model, source=str(self.file))

@@ -22,6 +22,7 @@ from checkpoint_io import (
 )
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.convnet import ConvNetConfig
+from stage1_vqgan.ddconfig import check_type, convnet_config
 from stage1_vqgan.pyramid import PyramidVAE, PyramidVAEConfig
 from stage1_vqgan.quantize import ResidualQuantizerConfig, VectorQuantizerConfig
 from stage1_vqgan.rqvae import RQVAE, RQVAEConfig
@@ -88,6 +89,9 @@ _ENCODER_DECODER: KeyTable = {
 VQGAN_KEYS: KeyTable = {
     **_ENCODER_DECODER,
     "quantize.embedding.weight": "quantizer.codebook",
+    "quantize.embedding.cluster_size": None,  # taming's EMAVQ: state of the codebook's training
+    "quantize.embedding.embed_avg": None,
+    "colorize": None,  # random colours to show more than three channels in, of no use for pictures
     "loss.**": None,  # taming: LPIPS and the discriminator
 }
 
@@ -151,8 +155,8 @@ def tokenizer_from_part(part: CheckpointPart, *, use_ema: bool = False) -> Quant
         translate = taming_config if part.layout == "taming" else mindalle_config
         model = _empty(VQGAN, part.translate_config(translate), where=str(part.file))
         tensors, table = part.read(use_ema=use_ema), VQGAN_KEYS
-    load_strict(model, tensors, source=str(part.file), table=table)
-    check_finite(model, source=str(part.file))
+    load_strict(model, tensors, source=part.source, table=table)
+    check_finite(model, source=part.source)
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -199,7 +203,7 @@ def mindalle_config(yaml: Mapping[str, Any]) -> VQGANConfig:
         "double_z": False,
     }
     defaults |= {"attn_resolutions": [16], "z_channels": 256}
-    convnet = _convnet_config(defaults | hparams)
+    convnet = convnet_config(defaults | hparams)
     return _vqgan_config(
         convnet, width=stage1.get("embed_dim", 256), codebook_size=stage1.get("n_embed", 16384)
     )
@@ -219,7 +223,8 @@ def taming_config(yaml: Mapping[str, Any]) -> VQGANConfig:
             f"this is a {model.get('target')} with remap {params.get('remap')} and colorize_nlabels "
             f"{params.get('colorize_nlabels')}: only plain VQModels for RGB images are supported"
         )
-    convnet = _convnet_config(_section(params, "ddconfig", "taming VQModel"))
+    is_ldm = str(model.get("target", "")).startswith("ldm.")
+    convnet = convnet_config(_section(params, "ddconfig", "taming VQModel"), is_ldm=is_ldm)
     return _vqgan_config(convnet, width=params["embed_dim"], codebook_size=params["n_embed"])
 
 
@@ -237,7 +242,7 @@ def rqvae_config(yaml: Mapping[str, Any]) -> RQVAEConfig:
         is_shared=hparams["shared_codebook"],
         commitment_weight=hparams.get("latent_loss_weight", 0.25),
     )
-    convnet = _convnet_config(_section(arch, "ddconfig", "rq-vae arch"))
+    convnet = convnet_config(_section(arch, "ddconfig", "rq-vae arch"))
     return RQVAEConfig(convnet=convnet, quantizer=quantizer, latent_width=width, patch=patch)
 
 
@@ -251,31 +256,10 @@ def _section(mapping: Mapping[str, Any], key: str, where: str) -> dict[str, Any]
 
 
 def _vqgan_config(convnet: ConvNetConfig, *, width: int, codebook_size: int) -> VQGANConfig:
+    check_type("embed_dim", width, "a whole number")
+    check_type("n_embed", codebook_size, "a whole number")
     return VQGANConfig(
         convnet=convnet, quantizer=VectorQuantizerConfig(codebook_size=codebook_size, width=width)
-    )
-
-
-def _convnet_config(ddconfig: Mapping[str, Any]) -> ConvNetConfig:
-    """The originals' `ddconfig` in our words."""
-    if (
-        ddconfig.get("double_z", True)
-        or ddconfig.get("in_channels", 3) != 3
-        or ddconfig.get("out_ch", 3) != 3
-    ):
-        raise CheckpointError(
-            "only RGB tokenizers without double_z are supported, got "
-            f"in_channels {ddconfig.get('in_channels', 3)}, out_ch {ddconfig.get('out_ch', 3)}, "
-            f"double_z {ddconfig.get('double_z', True)}"
-        )
-    return ConvNetConfig(
-        image_size=ddconfig["resolution"],
-        channels=ddconfig["ch"],
-        channel_multipliers=tuple(ddconfig.get("ch_mult", (1, 2, 4, 8))),
-        num_res_blocks=ddconfig["num_res_blocks"],
-        attention_resolutions=tuple(ddconfig["attn_resolutions"]),
-        latent_channels=ddconfig["z_channels"],
-        dropout=ddconfig.get("dropout", 0.0),
     )
 
 

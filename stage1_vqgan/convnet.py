@@ -34,6 +34,9 @@ class ConvNetConfig:
     attention_resolutions: tuple[int, ...] = (16,)  # levels of this side (at image_size) get self-attention
     latent_channels: int = 256  # channels of the encoder's output, <= 65536
     dropout: float = 0.0  # in the residual blocks while training, in [0, 1)
+    has_middle_attention: bool = True  # self-attention between the blocks of the lowest resolution
+    has_resampling_conv: bool = True  # sides are halved and doubled by convolutions, not by means and copies
+    has_tanh_output: bool = False  # pixels go through tanh
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
@@ -152,6 +155,14 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
 
 
+def _halve(config: ConvNetConfig, channels: int) -> nn.Module:
+    return Downsample(channels) if config.has_resampling_conv else nn.AvgPool2d(2)
+
+
+def _double(config: ConvNetConfig, channels: int) -> nn.Module:
+    return Upsample(channels) if config.has_resampling_conv else nn.Upsample(scale_factor=2.0, mode="nearest")
+
+
 class Level(nn.Module):
     """The blocks of one resolution, and the change to the next one (None at the last)."""
 
@@ -183,12 +194,12 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention if there is any, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, dropout: float, *, has_attention: bool) -> None:
         super().__init__()
         self.block1 = ResBlock(channels, channels, dropout)
-        self.attention = AttentionBlock(channels)
+        self.attention = AttentionBlock(channels) if has_attention else nn.Identity()
         self.block2 = ResBlock(channels, channels, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,11 +222,11 @@ class Encoder(nn.Module):
                 num_blocks=config.num_res_blocks,
                 has_attention=config.has_attention(level),
                 dropout=config.dropout,
-                resample=Downsample(widths[level + 1]) if level != last else None,
+                resample=_halve(config, widths[level + 1]) if level != last else None,
             )
             for level in range(last + 1)
         )
-        self.middle = Middle(widths[-1], config.dropout)
+        self.middle = Middle(widths[-1], config.dropout, has_attention=config.has_middle_attention)
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
@@ -234,7 +245,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.middle = Middle(widths[-1], config.dropout)
+        self.middle = Middle(widths[-1], config.dropout, has_attention=config.has_middle_attention)
         self.levels = nn.ModuleList(
             Level(
                 widths[min(level + 1, len(widths) - 1)],
@@ -242,12 +253,13 @@ class Decoder(nn.Module):
                 num_blocks=config.num_res_blocks + 1,
                 has_attention=config.has_attention(level),
                 dropout=config.dropout,
-                resample=Upsample(widths[level]) if level != 0 else None,
+                resample=_double(config, widths[level]) if level != 0 else None,
             )
             for level in range(len(widths))
         )
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.has_tanh_output = config.has_tanh_output
 
     @property
     def last_layer(self) -> Tensor:
@@ -259,4 +271,5 @@ class Decoder(nn.Module):
         x = self.middle(self.conv_in(latents))
         for level in reversed(self.levels):
             x = level(x)
-        return self.conv_out(_swish(self.norm_out(x)))  # type: ignore[no-any-return]
+        images: Tensor = self.conv_out(_swish(self.norm_out(x)))
+        return images.tanh() if self.has_tanh_output else images

@@ -133,15 +133,44 @@ def model_from_part(
     else:
         config = part.translate_config(partial(mindalle_config, code_shape=code_shape))
         table, tensors = MINDALLE_KEYS, part.read(use_ema=use_ema)
-    check_fit(config, code_shape, codebook, source=str(part.file))
-    model = build_model(config, codebook, source=str(part.file))
+    check_fit(config, code_shape, codebook, source=part.source)
+    model = build_model(config, codebook, source=part.source)
     for name in WITH_LEADING_ONE & set(tensors):
         if tensors[name].ndim == 3:  # of others `load_strict` says what was expected
             tensors[name] = tensors[name].flatten(0, 1)  # (1, n, C) -> (n, C)
+    return fill_model(model, tensors, source=part.source, table=table, precision=precision, device=device)
+
+
+def fill_model(
+    model: GPT | RQTransformer,
+    tensors: dict[str, Tensor],
+    *,
+    source: str,
+    table: KeyTable | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+) -> GPT | RQTransformer:
+    """Fill a model without storage, each weight converted when its tensor arrives.
+
+    Args:
+        model: of `build_model`.
+        tensors: name -> tensor; emptied on the way.
+        source: where they come from, for messages.
+        table: foreign names -> ours; None when the names are ours already.
+        precision: see `choose_precision`.
+        device: where the model will compute; a precision has to fit it.
+
+    Returns:
+        The model, in evaluation mode, still on the CPU.
+
+    Raises:
+        CheckpointError: if weights and model are at odds.
+        ValueError: if the precision is unknown or not for that device.
+    """
     precision = choose_precision(precision, device, sum(weight.numel() for weight in model.parameters()))
     model.to(dtype=DTYPES.get(precision))
     take = Int8Loader(model).take if precision == "int8" else None
-    load_strict(model, tensors, source=str(part.file), table=table, take=take)
+    load_strict(model, tensors, source=source, table=table, take=take)
     return model.eval()
 
 

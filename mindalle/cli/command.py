@@ -211,6 +211,12 @@ def add_ema_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--ema", action="store_true", help=help_)
 
 
+def add_data_options(parser: argparse._ActionsContainer) -> None:
+    """What a data set leaves open to who reads it."""
+    help_ = "run the commands that data named pipe:COMMAND is read from, in a shell"
+    parser.add_argument("--allow-pipe", action="store_true", help=help_)
+
+
 def add_device_options(parser: argparse._ActionsContainer) -> None:
     """Where a command computes, see `choose_machine`."""
     help_ = "auto, cpu, cuda, cuda:1, ... or mps; auto: CUDA, else Apple's mps, else the CPU (auto)"

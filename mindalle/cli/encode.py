@@ -9,6 +9,7 @@ from pathlib import Path
 from mindalle.cli.command import (
     Parser,
     UsageError,
+    add_data_options,
     add_device_options,
     check_writable,
     choose_machine,
@@ -33,6 +34,7 @@ def build_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="a directory, a captions file, or shards (.tar)")
     add("out", type=Path, metavar="OUT", help="directory of the cache")
+    add_data_options(parser)
     add("--image-tokenizer", required=True, metavar="NAME", help="bundled name, checkpoint path or release")
     add("--crops", type=positive_int, default=1, metavar="K", help="per picture: the centre, then random (1)")
     add("--size", type=positive_int, metavar="N", help="side in pixels; default: the tokenizer's")
@@ -71,7 +73,7 @@ def encode(args: argparse.Namespace) -> None:
 
     size = args.size or load_image_tokenizer(args.image_tokenizer).convnet.image_size
     job = EncodingJob(
-        source=open_source(args.source),
+        source=open_source(args.source, allow_pipe=args.allow_pipe),
         image_tokenizer=args.image_tokenizer,
         directory=args.out,
         transform=TransformConfig(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from mindalle.cli.command import (
     Parser,
     add_checkpoint_options,
+    add_data_options,
     add_device_options,
     add_ema_option,
     positive_int,
@@ -110,6 +111,7 @@ def build_model_parser(prog: str) -> Parser:
 
 
 def _add_common(parser: Parser) -> Parser:
+    add_data_options(parser)
     add = parser.add_argument
     networks = ("inception", "efflite", "clip")
     add("--features", choices=networks, default="inception", help="feature network (inception, a download)")

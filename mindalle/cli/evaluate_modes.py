@@ -58,7 +58,7 @@ from mindalle.rerank import ClipReranker
 def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
     """Measure an image tokenizer on a data set."""
     check_options(args)
-    source = open_source(args.data)
+    source = open_source(args.data, allow_pipe=args.allow_pipe)
     tokenizer, weights_hash = identified_tokenizer(args.tokenizer, use_ema=args.ema)
     tokenizer.to(args.device)
     if args.depths and len(tokenizer.codebook_sizes) == 1:
@@ -99,9 +99,9 @@ def evaluate_tokenizer(args: argparse.Namespace, command: str) -> None:
 def evaluate_images(args: argparse.Namespace, command: str) -> None:
     """Measure pictures against a reference, and against their captions."""
     check_options(args)
-    reference = open_reference(args.reference)
+    reference = open_reference(args.reference, allow_pipe=args.allow_pipe)
     metrics = choose_metrics(args, reference)
-    source = open_source(args.images)
+    source = open_source(args.images, allow_pipe=args.allow_pipe)
     network, judge = load_networks(args, metrics, has_moments=args.save_stats is not None)
     if isinstance(reference, Moments):
         check_moments(reference, network, args.reference, args.size)
@@ -126,7 +126,7 @@ def evaluate_images(args: argparse.Namespace, command: str) -> None:
 def evaluate_model(args: argparse.Namespace, command: str) -> None:
     """Measure a model's likelihood of a data set, and pictures drawn from its captions against it."""
     check_options(args)
-    source = open_source(args.data)
+    source = open_source(args.data, allow_pipe=args.allow_pipe)
     metrics = choose_metrics(args, source)
     network, judge = load_networks(args, metrics)
     pipe = Pipeline.from_pretrained(

@@ -181,11 +181,11 @@ def check_listed(
         check_count(name, count, others if METRICS[name].needs_reference else None, num_features)
 
 
-def open_reference(name: str | None) -> Source | Moments | None:
+def open_reference(name: str | None, *, allow_pipe: bool) -> Source | Moments | None:
     """Pictures, or the .npz of their statistics; None where none are named."""
     if name is None:
         return None
-    return load_moments(name) if name.endswith(".npz") else open_source(name)
+    return load_moments(name) if name.endswith(".npz") else open_source(name, allow_pipe=allow_pipe)
 
 
 def resize_rule(network: FeatureNetwork, size: int | None) -> str:

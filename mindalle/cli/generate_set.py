@@ -10,7 +10,15 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from mindalle.cli.command import Parser, UsageError, check_writable, positive_int, run, say
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    add_data_options,
+    check_writable,
+    positive_int,
+    run,
+    say,
+)
 from mindalle.cli.generate import (
     add_model_options,
     add_sampling_options,
@@ -42,7 +50,9 @@ def build_parser(prog: str) -> Parser:
         description="Draw a set of pictures to evaluate or train with; killed, it goes on where it was.",
         examples=EXAMPLES,
     )
-    add = parser.add_argument_group("what to draw").add_argument
+    group = parser.add_argument_group("what to draw")
+    add_data_options(group)
+    add = group.add_argument
     help_ = "a caption per line; or a captions file, folder or shards of captioned pictures"
     add("prompts", nargs="?", metavar="PROMPTS", help=help_)
     help_ = "which of a picture's: the first, one drawn by --seed, or all (first)"
@@ -158,7 +168,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         return read_prompts(Path(args.prompts))
     from mindalle.data import open_source
 
-    found = list(open_source(args.prompts).captions())
+    found = list(open_source(args.prompts, allow_pipe=args.allow_pipe).captions())
     captioned = [captions for captions in found if captions]
     if not captioned:
         raise ValueError(f"none of the {len(found):,} pictures of {args.prompts} has a caption to draw")

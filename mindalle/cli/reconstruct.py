@@ -42,7 +42,7 @@ def build_parser(prog: str) -> Parser:
     )
     add = parser.add_argument
     add("images", type=Path, nargs="+", metavar="IMAGE", help="files or folders")
-    add("--model", default="emoji", help="bundled name, checkpoint path, release or hub id (emoji)")
+    add("--model", default="emoji", help="bundled name, checkpoint, training run, release or hub id (emoji)")
     add_ema_option(parser)
     add("--size", metavar="HxW", help="resize and crop to it; default: the tokenizer's training size")
     add("--depths", action="store_true", help="residual codes: a column for each number of depths")
@@ -64,11 +64,10 @@ def reconstruct_pictures(args: argparse.Namespace) -> None:
     out = _sheet_path(args.out)
     choose_machine(args)
     from mindalle.cli.output import free_stem, save_png
-    from mindalle.hub import resolve_model
     from mindalle.image import contact_sheet
-    from stage1_vqgan import load_tokenizer
+    from mindalle.run import load_image_tokenizer
 
-    tokenizer = load_tokenizer(resolve_model(args.model), use_ema=args.ema).to(args.device)
+    tokenizer = load_image_tokenizer(args.model, use_ema=args.ema).to(args.device)
     size = _size(args.size, tokenizer)
     if args.depths and len(tokenizer.codebook_sizes) == 1:
         raise UsageError(

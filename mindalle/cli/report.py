@@ -13,6 +13,7 @@ from mindalle.cli.command import (
     Parser,
     UsageError,
     add_checkpoint_options,
+    add_data_options,
     check_writable,
     positive_int,
     run,
@@ -48,6 +49,7 @@ def build_parser(prog: str) -> Parser:
     add = parser.add_argument
     help_ = f"captioned pictures not trained on, folder or shards, for {', '.join(READ_DATA)}"
     add("data", metavar="DATA", nargs="?", help=help_)
+    add_data_options(parser)
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report, its data and figures")
     add("--model", default="emoji", metavar="NAME", help="bundled name, checkpoint path or hub id (emoji)")
     add_checkpoint_options(parser)
@@ -110,6 +112,7 @@ def report(args: argparse.Namespace, command: str) -> None:
                 amounts = amounts | {name: getattr(args, name)}
         job = ReportJob(
             data=args.data,
+            allow_pipe=args.allow_pipe,
             model=args.model,
             text_tokenizer=args.text_tokenizer,
             use_ema=args.ema,

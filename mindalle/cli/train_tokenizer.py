@@ -8,7 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mindalle.cli.command import Parser, UsageError, check_writable, positive_int, run, say
+from mindalle.cli.command import (
+    Parser,
+    UsageError,
+    add_data_options,
+    check_writable,
+    positive_int,
+    run,
+    say,
+)
 
 if TYPE_CHECKING:
     from mindalle.text import TextTokenizer
@@ -34,6 +42,7 @@ def build_parser(prog: str) -> Parser:
         metavar="SOURCE",
         help="captioned pictures (directory, captions file, shards), or a .txt file with a caption a line",
     )
+    add_data_options(parser)
     add("--vocab-size", type=positive_int, default=16384, metavar="N", help="words to learn at most (16384)")
     add(
         "--length",
@@ -63,7 +72,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     from mindalle.progress import progress_bar
     from mindalle.text import TextTokenizer
 
-    read = (caption for name in args.captions for caption in _read_captions(name))
+    read = (caption for name in args.captions for caption in _read_captions(name, allow_pipe=args.allow_pipe))
     captions = list(progress_bar(read, desc="reading", unit=" captions"))
     if not captions:
         raise ValueError(
@@ -78,13 +87,13 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         say(line)
 
 
-def _read_captions(name: str) -> Iterator[str]:
+def _read_captions(name: str, *, allow_pipe: bool) -> Iterator[str]:
     """The captions of a source or of a text file."""
     from mindalle.data import open_source
 
     path = Path(name).expanduser()
     if path.suffix.lower() != ".txt" or not path.is_file():
-        for captions in open_source(name).captions():
+        for captions in open_source(name, allow_pipe=allow_pipe).captions():
             yield from captions
         return
     with path.open("rb") as file:

@@ -65,6 +65,7 @@ class CodeData(StreamData):
         mistakes: largest share of a training picture's codes that the model reads as a near one, in [0, 1]
             (pyramids only); each picture's own share is uniform below it. What they leave over is quantised
             anew, so that later scales learn to repair them; see `PyramidQuantizer.corrupt`.
+        allow_pipe: whether `pipe:` addresses may run their commands.
 
     Raises:
         ValueError: if arguments contradict each other or are out of range.
@@ -88,6 +89,7 @@ class CodeData(StreamData):
         soft_targets_temperature: float | None = None,
         is_stochastic: bool = False,
         mistakes: float = 0.0,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if soft_targets_temperature is not None and soft_targets_temperature <= 0:
@@ -112,6 +114,7 @@ class CodeData(StreamData):
         self.temperature = soft_targets_temperature
         self.is_stochastic = is_stochastic
         self.mistakes = mistakes
+        self.allow_pipe = allow_pipe
         self.caches: dict[Split, CodeCache] = {}
         """Empty before `setup`."""
 
@@ -137,7 +140,7 @@ class CodeData(StreamData):
     def _job(self, split: Split, spec: str | list[str]) -> EncodingJob:
         size = load_image_tokenizer(self.image_tokenizer).convnet.image_size
         return EncodingJob(
-            source=open_source(spec),
+            source=open_source(spec, allow_pipe=self.allow_pipe),
             image_tokenizer=self.image_tokenizer,
             directory=self._directory(split),
             transform=self.transform or TransformConfig(image_size=size),

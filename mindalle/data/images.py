@@ -98,6 +98,7 @@ class ImageData(StreamData):
         epoch_size: pictures of a training epoch, over all devices; only for shards, and needed where they are
             not local. None = as many as there are.
         val_size: the same of a validation.
+        allow_pipe: whether `pipe:` addresses may run their commands.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class ImageData(StreamData):
         seed: int = 0,
         epoch_size: int | None = None,
         val_size: int | None = None,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.train = train
@@ -117,6 +119,7 @@ class ImageData(StreamData):
         self.transform = transform or TransformConfig()
         self.epoch_size = epoch_size
         self.val_size = val_size
+        self.allow_pipe = allow_pipe
         self.train_source: Source | None = None
         """None before `setup`."""
         self.val_source: Source | None = None
@@ -133,9 +136,9 @@ class ImageData(StreamData):
                 long an epoch is, or if the classes of the two sources differ.
         """
         if self.train_source is None:
-            self.train_source = _open(self.train, self.epoch_size, "epoch_size")
+            self.train_source = _open(self.train, self.epoch_size, "epoch_size", allow_pipe=self.allow_pipe)
         if self.val_source is None and self.val is not None:
-            self.val_source = _open(self.val, self.val_size, "val_size")
+            self.val_source = _open(self.val, self.val_size, "val_size", allow_pipe=self.allow_pipe)
             _check_classes(self.train_source, self.val_source)
 
     def train_dataloader(self) -> Any:
@@ -160,9 +163,9 @@ class ImageData(StreamData):
         return StreamLoader(stream, num_workers=self.num_workers)
 
 
-def _open(spec: str | list[str], size: int | None, name: str) -> Source:
+def _open(spec: str | list[str], size: int | None, name: str, *, allow_pipe: bool) -> Source:
     """A source that has readable pictures; `name` is the argument that gives its `size`."""
-    source = open_source(spec)
+    source = open_source(spec, allow_pipe=allow_pipe)
     if size is not None and size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     if size is not None and isinstance(source, Folder):

@@ -76,20 +76,23 @@ class Source(Protocol):
         """The captions of each listed sample in order, without decoding pictures; () where it has none."""
 
 
-def open_source(spec: str | Sequence[str]) -> Source:
+def open_source(spec: str | Sequence[str], *, allow_pipe: bool = False) -> Source:
     """Find out what is named and list it.
 
     Args:
         spec: a directory (with a captions file, with a .txt beside each picture, of class folders, or of
             pictures), a captions file, or WebDataset shards: .tar files, patterns with `*` or {000..099},
-            http(s)://, s3:// and gs:// addresses, pipe: commands, or a list of these.
+            http(s)://, s3:// and gs:// addresses, pipe: commands, or a list of these. Only what is named
+            here can be a pattern or an address; what lies in a directory is a file, whatever it is called.
+        allow_pipe: whether `pipe:COMMAND` may run its command in a shell, and read what that writes.
 
     Returns:
         The source; what it is taken for is logged.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no pictures, or its captions cannot be understood.
+        ValueError: if it holds no pictures, its captions cannot be understood, or it is a command and
+            commands are not allowed.
     """
     # the kinds are built from what this file defines
     from mindalle.data.folders import open_folder
@@ -99,7 +102,7 @@ def open_source(spec: str | Sequence[str]) -> Source:
     if not specs or not all(isinstance(one, str) and one for one in specs):
         raise ValueError(f"pictures must be named by a path, a pattern or a list of shards, got {spec!r}")
     if all(map(is_shard, specs)):
-        return open_shards(specs)
+        return open_shards(specs, allow_pipe=allow_pipe)
     if len(specs) > 1:
         stranger = next(one for one in specs if not is_shard(one))
         raise ValueError(
@@ -107,7 +110,7 @@ def open_source(spec: str | Sequence[str]) -> Source:
             "or put the pictures into one"
         )
     path = Path(specs[0]).expanduser()
-    if path.is_dir() and (shards := sorted(map(str, path.glob("*.tar")))):
+    if path.is_dir() and (shards := sorted(path.glob("*.tar"))):
         return open_shards(shards)
     return open_folder(path)
 

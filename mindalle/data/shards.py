@@ -6,29 +6,40 @@ import hashlib
 import json
 import logging
 import math
+import os
 import random
 import re
-import shlex
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob, has_magic
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import webdataset as wds
 from braceexpand import braceexpand
+from webdataset.gopen import Pipe
 
 from mindalle.data.samples import PICTURE_SUFFIXES, Sample, Unreadable, clean_captions, decode
 
 logger = logging.getLogger(__name__)
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-REMOTE = ("http://", "https://", "s3://", "gs://", "pipe:")
+FETCH = ["curl", "--connect-timeout", "30", "--retry", "30", "--retry-delay", "2", "-f", "-s", "-g", "-L"]
+COMMANDS: dict[str, Callable[[str], list[str]]] = {
+    "http://": lambda url: [*FETCH, url],
+    "https://": lambda url: [*FETCH, url],
+    "s3://": lambda url: ["aws", "s3", "cp", url, "-"],
+    "gs://": lambda url: ["gsutil", "cat", url],
+}
+"""How an address begins -> the program that reads it, which no shell starts."""
+PIPE = "pipe:"  # what follows is a command for the shell
+REMOTE = (*COMMANDS, PIPE)
+STOPPED_READING = [23, 141]  # exit codes of a program whose output nobody wants any more
 CUT_OFF = (OSError, EOFError, tarfile.TarError)  # what reading from an address fails with when it is cut off
 CHUNK = 1 << 16
 MAX_SHARDS = 1_000_000  # more are a typing error in a brace pattern
@@ -58,7 +69,7 @@ class Shards:
 
     Args:
         name: what the user named.
-        urls: local paths and addresses, at least one.
+        urls: absolute paths and addresses, at least one; nothing in them is expanded.
     """
 
     def __init__(self, name: str, urls: Sequence[str]) -> None:
@@ -119,9 +130,8 @@ class Shards:
             return True  # = go on
 
         url = self.urls[part]
-        address = f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url
         try:
-            stream = wds.gopen(address)
+            stream = _open(url)
             files = wds.tariterators.tar_file_expander([{"url": url, "stream": stream}], handler=note)
             yield from wds.tariterators.group_by_keys(files, handler=note)
             # a connection lost between two files looks like the end of the shard: only the command that reads
@@ -170,24 +180,34 @@ class Shards:
 
 def is_shard(spec: str) -> bool:
     """Whether a path, pattern or address is one of tar files."""
-    return spec.startswith(REMOTE) or spec.lower().endswith(TAR_SUFFIXES)
+    is_named_so = spec.startswith(REMOTE) or spec.lower().endswith(TAR_SUFFIXES)
+    return is_named_so and not os.path.isdir(os.path.expanduser(spec))
 
 
-def open_shards(specs: Sequence[str]) -> Shards:
+def open_shards(specs: Sequence[str | Path], *, allow_pipe: bool = False) -> Shards:
     """Find the tar files.
 
     Args:
-        specs: paths, patterns with `*` or {000..099}, and addresses.
+        specs: what a user typed: paths, patterns with `*` or {000..099}, and addresses. What was found on the
+            disk is a Path, and never taken for a pattern or an address.
+        allow_pipe: whether `pipe:` addresses may run their command.
 
     Returns:
         The source; its shards are in the order of the patterns.
 
     Raises:
         FileNotFoundError: if a pattern matches nothing.
-        ValueError: if a pattern stands for too many, or local shards hold no samples.
+        ValueError: if a pattern stands for too many, local shards hold no samples, or a command is named and
+            not allowed.
     """
-    urls = [url for spec in specs for url in _expand(spec)]
-    name = specs[0] if len(specs) == 1 else f"{specs[0]} and {len(specs) - 1:,} more"
+    urls = [
+        url
+        for spec in specs
+        for url in (
+            [str(spec.absolute())] if isinstance(spec, Path) else _expand(spec, allow_pipe=allow_pipe)
+        )
+    ]
+    name = str(specs[0]) if len(specs) == 1 else f"{specs[0]} and {len(specs) - 1:,} more"
     shards = Shards(name, urls)
     if shards.is_local and next((1 for url in urls if next(_headers(url), None)), None) is None:
         raise ValueError(
@@ -203,9 +223,16 @@ def open_shards(specs: Sequence[str]) -> Shards:
     return shards
 
 
-def _expand(spec: str) -> list[str]:
-    """The files or addresses that a pattern stands for."""
-    if spec.startswith("pipe:"):
+def _expand(spec: str, *, allow_pipe: bool) -> list[str]:
+    """The files or addresses that a pattern stands for; what is on the disk under that very name is it."""
+    if os.path.isfile(named := os.path.expanduser(spec)):  # the user's shell may have found it: *.tar
+        return [os.path.abspath(named)]
+    if spec.startswith(PIPE):
+        if not allow_pipe:
+            raise ValueError(
+                f"{spec} is a command, and commands run only where they are allowed: pass --allow-pipe, or "
+                "allow_pipe in Python and in training configs"
+            )
         return [spec]  # braces and stars are the shell's
     ranges = re.findall(r"\{(\d+)\.\.(\d+)", spec)
     if math.prod(1 + abs(int(last) - int(first)) for first, last in ranges) > MAX_SHARDS:
@@ -221,6 +248,16 @@ def _expand(spec: str) -> list[str]:
             raise FileNotFoundError(f"no shards match {pattern}: expected WebDataset .tar files")
         found += matches
     return found
+
+
+def _open(url: str) -> IO[bytes] | Pipe:
+    """A stream of the shard; of an address the output of a program, whose failure it raises at the end."""
+    if url.startswith(PIPE):
+        return Pipe(url.removeprefix(PIPE), mode="rb", shell=True, ignore_status=STOPPED_READING[1:])
+    for scheme, command in COMMANDS.items():
+        if url.startswith(scheme):
+            return Pipe(command(url), mode="rb", ignore_status=STOPPED_READING)
+    return open(url, "rb")
 
 
 def shuffled(samples: Iterator[Any], rng: random.Random) -> Iterator[Any]:
@@ -269,4 +306,4 @@ def _label(raw: RawSample) -> int | None:
 
 def _shard_name(url: str) -> str:
     """Without the directory, which may differ from machine to machine."""
-    return url.rstrip("/").rpartition("/")[2] if not url.startswith("pipe:") else url
+    return url.rstrip("/").rpartition("/")[2] if not url.startswith(PIPE) else url

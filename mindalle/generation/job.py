@@ -12,11 +12,12 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from checkpoint_io import CheckpointError, config_from_mapping, file_hash, find_parts
+from checkpoint_io import CheckpointError, config_from_mapping, file_hash, find_parts, tensors_hash
 from mindalle.generation.judges import judge_hash, load_judge
 from mindalle.hub import resolve_model
 from mindalle.parts import PLAN, Plan
 from mindalle.pipeline import Pipeline
+from mindalle.run import find_run
 from stage2_transformer import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -199,10 +200,17 @@ def checkpoint_hash(name: str, pipe: Pipeline) -> str:
     Returns:
         SHA-256, in hex, of the configs and the weights' files of both stages, and the text tokenizer.
     """
-    parts = sorted(find_parts(resolve_model(name)).items())
+    words = pipe.text_tokenizer.tokenizer.to_str() if pipe.text_tokenizer is not None else None
+    path = resolve_model(name)
+    try:
+        parts = sorted(find_parts(path).items())
+    except CheckpointError:
+        if (run := find_run(path)) is None:
+            raise
+        codebook_hash = tensors_hash(pipe.image_tokenizer.state_dict())
+        return _hash_of([file_hash(run.file), codebook_hash, words])
     hashes = {file: file_hash(file) for file in {part.file for _, part in parts}}
     described = [[key, part.config, part.prefix, hashes[part.file]] for key, part in parts]
-    words = pipe.text_tokenizer.tokenizer.to_str() if pipe.text_tokenizer is not None else None
     return _hash_of([described, words])
 
 

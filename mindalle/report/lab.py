@@ -42,6 +42,7 @@ class ReportJob:
     """What a report is of, and how much is measured."""
 
     data: str | None = None  # captioned pictures that the model was not trained on
+    allow_pipe: bool = False  # whether their address may be a command
     model: str = "emoji"  # bundled name, path, release or hub id
     text_tokenizer: str | None = None  # where it is not with the checkpoint
     use_ema: bool = False  # the averaged weights of an rq-vae checkpoint
@@ -102,7 +103,7 @@ class Lab:
         """The data."""
         if self.job.data is None:
             raise ValueError("there is nothing to measure on: name the DATA")
-        return open_source(self.job.data)
+        return open_source(self.job.data, allow_pipe=self.job.allow_pipe)
 
     @cached_property
     def judge(self) -> ClipReranker | None:

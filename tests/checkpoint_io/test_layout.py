@@ -121,7 +121,6 @@ def test_the_config_comes_along(tmp_path: Path) -> None:
         {"model.yaml": TAMING},
         {"last.ckpt": ""},
         {"last.ckpt": "", "model.yaml": "model: {target: taming}"},
-        {"a.ckpt": "", "b.ckpt": "", "model.yaml": TAMING},
     ],
 )
 def test_unknown_layouts(tmp_path: Path, files: dict[str, str]) -> None:
@@ -198,3 +197,111 @@ class TestTranslateConfig:
     def test_result(self) -> None:
         part = CheckpointPart(layout="rq-vae", config={"arch": {"depth": 4}}, file=Path("stage1/model.pt"))
         assert part.translate_config(lambda yaml: Depth(**yaml["arch"])) == Depth(4)
+
+
+class TestNamedFile:
+    """`last.ckpt` or `model.pt` was read in the place of another file that was named beside it."""
+
+    @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".safetensors"])
+    @pytest.mark.parametrize(
+        ("config", "beside"), [(TAMING, "last.ckpt"), (RQ, "model.pt"), (MINDALLE, "last.ckpt")]
+    )
+    def test_is_the_one_that_is_read(self, tmp_path: Path, config: str, beside: str, suffix: str) -> None:
+        write(tmp_path, {"config.yaml": config, beside: "", f"epoch12{suffix}": ""})
+        named = tmp_path / f"epoch12{suffix}"
+        assert {part.file for part in find_parts(named).values()} == {named}
+        assert {part.file for part in find_parts(tmp_path).values()} == {tmp_path / beside}
+
+    @pytest.mark.parametrize("name", ["notes.txt", "config.yaml", "last", "last.ckpt.part"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_is_no_weights(self, tmp_path: Path, layout: str, name: str) -> None:
+        files, _, parts = LAYOUTS[layout]
+        folder = (tmp_path / next(iter(parts.values()))[0]).parent
+        write(tmp_path, files)
+        (folder / name).touch()
+        with pytest.raises(CheckpointError, match=rf"{name} is no file of weights .*: name one, or the dir"):
+            find_parts(folder / name)
+
+    def test_of_a_native_directory(self, tmp_path: Path) -> None:
+        write(tmp_path, LAYOUTS["native"][0] | {"other.safetensors": "", "last.ckpt": ""})
+        assert list(find_parts(tmp_path / "model.safetensors")) == ["model"]
+        with pytest.raises(CheckpointError, match=r"other\.safetensors is no part .* image_tokenizer\.safet"):
+            find_parts(tmp_path / "other.safetensors")
+        with pytest.raises(CheckpointError, match=r"last\.ckpt is no checkpoint of a known layout"):
+            find_parts(tmp_path / "last.ckpt")
+
+    def test_of_a_release(self, tmp_path: Path) -> None:
+        write(tmp_path, LAYOUTS["minDALL-E"][0])
+        assert list(find_parts(tmp_path / "stage2_last.ckpt")) == ["model"]
+
+
+class TestConfigOfAFile:
+    """`b.ckpt` beside `b.yaml` was read with a.yaml, the first in the alphabet."""
+
+    def yaml(self, path: Path) -> str:
+        (yaml,) = {part.yaml for part in find_parts(path).values()}
+        assert yaml is not None
+        return yaml.name
+
+    @pytest.mark.parametrize("suffix", ["yaml", "yml"])
+    def test_same_name_first(self, tmp_path: Path, suffix: str) -> None:
+        write(tmp_path, {"a.yaml": TAMING, f"b.{suffix}": TAMING, "b.ckpt": "", "config.yaml": TAMING})
+        assert self.yaml(tmp_path / "b.ckpt") == f"b.{suffix}"
+
+    def test_newest_of_a_run(self, tmp_path: Path) -> None:
+        names = [f"configs/2020-1{month}-09T13-31-51-project.yaml" for month in (0, 2, 1)]
+        write(tmp_path, {"checkpoints/last.ckpt": "", **dict.fromkeys(names, TAMING)})
+        assert self.yaml(tmp_path) == "2020-12-09T13-31-51-project.yaml"
+
+    def test_not_clear(self, tmp_path: Path) -> None:
+        write(tmp_path, {"a.yaml": TAMING, "c.yaml": TAMING, "b.ckpt": ""})
+        for path in (tmp_path, tmp_path / "b.ckpt"):
+            with pytest.raises(CheckpointError, match=r"not clear: a\.yaml, c\.yaml .*its own b\.yaml"):
+                find_parts(path)
+
+    @pytest.mark.parametrize("place", ["", "ckpt/", "ckpts/", "checkpoints/"])
+    @pytest.mark.parametrize("name", ["config.yaml", "finetuned.yml"])
+    def test_below_the_config(self, tmp_path: Path, place: str, name: str) -> None:
+        write(tmp_path, {name: MINDALLE, f"{place}last.ckpt": ""})
+        for path in (tmp_path, tmp_path / place, tmp_path / place / "last.ckpt"):
+            assert list(find_parts(path)) == ["image_tokenizer", "model"]
+            assert self.yaml(path) == name
+
+    def test_a_broken_one_beside_it(self, tmp_path: Path) -> None:
+        write(tmp_path, {"model.yaml": TAMING, "broken.yaml": "a: [", "last.ckpt": ""})
+        assert self.yaml(tmp_path) == "model.yaml"
+
+
+def test_a_stray_file_above_the_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path, LAYOUTS["taming logs"][0] | {"features.pt": ""})
+    assert find_parts(tmp_path)["image_tokenizer"].file.name == "last.ckpt"
+
+
+@pytest.mark.parametrize(("config", "suffix"), [(TAMING, "ckpt"), (MINDALLE, "ckpt"), (RQ, "pt")])
+def test_several_checkpoints(tmp_path: Path, config: str, suffix: str) -> None:
+    write(tmp_path, {"config.yaml": config, f"epoch1_model.{suffix}": ""})
+    assert find_parts(tmp_path)["image_tokenizer"].file.name == f"epoch1_model.{suffix}"
+    write(tmp_path, {f"epoch2_model.{suffix}": ""})
+    with pytest.raises(CheckpointError, match=rf"name one of epoch1_model\.{suffix}, epoch2_model\.{suffix}"):
+        find_parts(tmp_path)
+
+
+class TestWaysToSave:
+    ONE, TWO = torch.tensor([1.0]), torch.tensor([2.0])
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            {"model": {"a.weight": ONE}, "optimizer": {}},
+            {"state_dict": {"_orig_mod.a.weight": ONE}},
+            {"state_dict": {"module._orig_mod.a.weight": ONE}},
+            {"state_dict": {"_orig_mod.module.a.weight": ONE}},
+            {"state_dict": {"a.weight": ONE, "model_ema.aweight": TWO, "model_ema.decay": TWO}},
+        ],
+    )
+    def test_names(self, tmp_path: Path, content: Any) -> None:
+        assert part(tmp_path, content).read() == {"a.weight": self.ONE}
+
+    def test_averages_of_latent_diffusion(self, tmp_path: Path) -> None:
+        content = {"a.weight": self.ONE, "model_ema.aweight": self.TWO, "model_ema.num_updates": self.ONE}
+        assert part(tmp_path, {"state_dict": content}).read(use_ema=True) == {"a.weight": self.TWO}

@@ -350,8 +350,8 @@ class TestConfigs:
             ({"in_channels": 1}, "only RGB tokenizers .* got in_channels 1, out_ch 3"),
             ({"out_ch": 4}, "only RGB tokenizers .* out_ch 4"),
             ({"ch": 48}, "not usable: channels must be a multiple of 32"),
-            ({"resolution": 18}, "not usable: image_size must be a multiple of 4, got 18"),
-            ({"ch_mult": 4}, "not usable: 'int' object is not iterable"),
+            ({"resolution": 3}, "not usable: image_size must be a multiple of 4, got 0"),
+            ({"ch_mult": 4}, "not usable: ch_mult of the ddconfig must be a list of whole numbers, got 4"),
             ({"ch": "many"}, "not usable: "),
         ],
     )
@@ -494,9 +494,7 @@ class TestLayouts:
     def test_an_unknown_layout(self, tmp_path: Path) -> None:
         (tmp_path / "weights.bin").touch()
         (tmp_path / "config.yaml").write_text("model_type: clip\n")
-        message = (
-            r"it holds config\.yaml, weights\.bin\. Expected one of: native .*minDALL-E .*rq-vae .*taming"
-        )
+        message = r"holds config\.yaml, weights\.bin\. Expected one of: native .*minDALL-E .*rq-vae .*taming"
         for path in (tmp_path, tmp_path / "weights.bin"):
             with pytest.raises(CheckpointError, match=message):
                 load_tokenizer(path)
@@ -513,7 +511,9 @@ class TestLayouts:
         weights, _ = make("taming")
         shutil.copy(weights, tmp_path / "epoch=1.ckpt")
         shutil.move(weights, tmp_path / "epoch=2.ckpt")
-        with pytest.raises(CheckpointError, match=r"it holds epoch=1\.ckpt, epoch=2\.ckpt, model\.yaml"):
+        with pytest.raises(
+            CheckpointError, match=r"several checkpoints .*: name one of epoch=1\.ckpt, epoch=2\.ckpt"
+        ):
             load_tokenizer(tmp_path)
         load_tokenizer(tmp_path / "epoch=2.ckpt")
 

@@ -376,3 +376,22 @@ class TestErrors:
         result = mindalle("export", runs / "vqgan", runs / "gpt")
         assert result.code == 1
         assert "gpt exists, and nothing is overwritten: choose another DST" in result.err[0]
+
+
+class TestNamedAsAModel:
+    """What `export.py` and `encode.py` took for a model, `generate.py` and `reconstruct.py` refused."""
+
+    @pytest.mark.parametrize("name", ["gpt", "gpt/last.ckpt"])
+    def test_a_run_draws(self, runs: Path, tiny_gpt: GPT, name: str) -> None:
+        pipe = Pipeline.from_pretrained(runs / name)
+        assert pipe.text_tokenizer is not None
+        assert pipe.model is not None
+        for key, tensor in tiny_gpt.state_dict().items():
+            torch.testing.assert_close(pipe.model.state_dict()[key], tensor)
+        assert len(pipe("a red apple", num_images=1, seed=0).images) == 1
+
+    def test_a_run_is_reconstructed_with(self, mindalle: Command, runs: Path) -> None:
+        picture = runs / "picture.png"
+        to_pil(torch.zeros(1, 3, 16, 16))[0].save(picture)
+        done = mindalle("reconstruct", picture, "--model", runs / "vqgan", "--out", runs / "sheet.png")
+        assert done.code == 0, done.err

@@ -251,7 +251,7 @@ class TestOutOfReach:
     ) -> None:
         whole = [Path(url).read_bytes() for url in job.source.urls]  # type: ignore[attr-defined]
         shards = [tmp_path / f"remote-{i}.tar" for i in range(3)]
-        job = replace(job, source=open_source([f"pipe:cat {shard}" for shard in shards]))
+        job = replace(job, source=open_source([f"pipe:cat {shard}" for shard in shards], allow_pipe=True))
         shards[0].write_bytes(whole[0][:2600])  # inside the second picture
         shards[1].write_bytes(whole[1])
         with pytest.raises(

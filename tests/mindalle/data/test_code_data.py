@@ -357,7 +357,7 @@ class TestErrors:
             }
             specs[split] = f"pipe:cat {write_tar(tmp_path / f'{split}.tar', files)}"
         with pytest.raises(ValueError, match="train has 2 classes, so val may have 2 at most, got 5: leave"):
-            ready(arguments, **specs, condition="class")
+            ready(arguments, **specs, condition="class", allow_pipe=True)
 
     def test_soft_targets_of_one_code_per_position(self, arguments: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=r"soft targets are for residual codes \(RQ-VAE\)"):

@@ -207,7 +207,9 @@ class TestRemoteShards:
         shard = write_shard(tmp_path / "0.tar", [5, 6])
         with tarfile.open(shard) as tar:
             end = tar.getmember("0006.png").offset
-        sample, lost = read(open_source(f"pipe:head -c {end} {shard}; exec >&-; sleep 0.3; exit 18"))
+        sample, lost = read(
+            open_source(f"pipe:head -c {end} {shard}; exec >&-; sleep 0.3; exit 18", allow_pipe=True)
+        )
         assert sample.key.endswith("exit 18/0005")
         assert isinstance(lost, Unreadable)
         assert lost.is_out_of_reach
@@ -219,13 +221,14 @@ class TestRemoteShards:
                 member = tarfile.TarInfo("0.png")
                 member.size = len(PICTURE)
                 tar.addfile(member, BytesIO(PICTURE))
-        lost = [sample for sample in read(open_source(f"pipe:cat {shard}")) if isinstance(sample, Unreadable)]
+        source = open_source(f"pipe:cat {shard}", allow_pipe=True)
+        lost = [sample for sample in read(source) if isinstance(sample, Unreadable)]
         assert [sample.is_out_of_reach for sample in lost] == [False]
 
     def test_pipe(self, tmp_path: Path) -> None:
         shard = write_shard(tmp_path / "0.tar", [5])
         command = f"pipe:cat {shlex.quote(str(shard))}"
-        (sample,) = read(open_source(command))
+        (sample,) = read(open_source(command, allow_pipe=True))
         assert sample.key == f"{command}/0005"
 
     def test_s3(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,3 +251,53 @@ class TestRemoteShards:
 @pytest.fixture(autouse=True)
 def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+class TestNamesAreNoCommands:
+    """`open_source(".")` took a file called `pipe:...` for an address, and ran it."""
+
+    NAME = "pipe:touch marker #.tar"
+
+    def test_a_file_that_is_found(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_shard(tmp_path / self.NAME, [5])
+        for spec in (".", str(tmp_path), self.NAME, [self.NAME], "*.tar"):  # typed by the shell's own *.tar
+            for allow_pipe in (False, True):
+                (sample,) = read(open_source(spec, allow_pipe=allow_pipe))
+                assert sample.key.endswith(f"{self.NAME}/0005")
+        assert [path.name for path in tmp_path.iterdir()] == [self.NAME]
+
+    @pytest.mark.parametrize(
+        "name", ["{a,b}.tar", "{0..9999999}.tar", "[ab].tar", "*.tar", "s3:.tar", "~x.tar", "{.tar"]
+    )
+    def test_a_pattern_that_is_found(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        write_shard(tmp_path / name, [5])
+        for spec in (".", f"./{name}"):
+            assert keys(spec) == [f"{name}/0005"]
+
+    def test_a_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("pipe:touch marker").mkdir()
+        write_shard(Path("pipe:touch marker/{a,b}.tar"), [5])
+        assert keys("pipe:touch marker") == ["{a,b}.tar/0005"]
+        assert not Path("marker").exists()
+
+    @pytest.mark.parametrize("spec", [NAME, ["pipe:touch marker"]])
+    def test_a_command_that_is_typed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str | list[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(
+            ValueError, match=r"pipe:touch marker.* is a command.*--allow-pipe, or allow_pipe"
+        ):
+            open_source(spec)
+        assert not Path("marker").exists()
+
+    def test_no_shell_reads_addresses(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for address in ("http", "https", "gs", "s3"):
+            read(open_source(f"{address}://[';touch marker;'$(touch marker).tar"))
+        assert not Path("marker").exists()

@@ -117,8 +117,8 @@ def test_shards_on_the_network(tiny_rqvae: RQVAE, tmp_path: Path) -> None:
     write_shard(tmp_path / "set.tar", range(5))
     address = f"pipe:cat {tmp_path / 'set.tar'}"
     with pytest.raises(ValueError, match=r"is not known: say how many of them to take with --num-pictures"):
-        measure_sections(small_job(tmp_path, model, data=address), ["depths"])
-    job = small_job(tmp_path, model, data=address, num_pictures=4)
+        measure_sections(small_job(tmp_path, model, data=address, allow_pipe=True), ["depths"])
+    job = small_job(tmp_path, model, data=address, allow_pipe=True, num_pictures=4)
     assert measure_sections(job, ["depths"]) == ["depths"]
     record = read_record(job.out, "depths")
     assert record is not None
