@@ -8,16 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
+from mindalle.data.names import is_leftover
 from mindalle.image import decode_image
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from mindalle.data.captions import Fields
 
-PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
-"""Of files that are taken for pictures, in any case of letters."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ class Source(Protocol):
         """The captions of each listed sample in order, without decoding pictures; () where it has none."""
 
 
-def open_source(spec: str | Sequence[str]) -> Source:
+def open_source(spec: str | Sequence[str], fields: Fields | None = None) -> Source:
     """Find out what is named and list it.
 
     Args:
         spec: a directory (with a captions file, with a .txt beside each picture, of class folders, or of
             pictures), a captions file, or WebDataset shards: .tar files, patterns with `*` or {000..099},
             http(s)://, s3:// and gs:// addresses, pipe: commands, or a list of these.
+        fields: what the fields of captions files and of the shards' JSON are called; None = the known names.
 
     Returns:
         The source; what it is taken for is logged.
@@ -92,14 +94,16 @@ def open_source(spec: str | Sequence[str]) -> Source:
         ValueError: if it holds no pictures, or its captions cannot be understood.
     """
     # the kinds are built from what this file defines
-    from mindalle.data.folders import open_folder
+    from mindalle.data.captions import Fields
+    from mindalle.data.folders import has_pictures, open_folder
     from mindalle.data.shards import is_shard, open_shards
 
+    fields = fields or Fields()
     specs = [spec] if isinstance(spec, str) else list(spec)
     if not specs or not all(isinstance(one, str) and one for one in specs):
         raise ValueError(f"pictures must be named by a path, a pattern or a list of shards, got {spec!r}")
     if all(map(is_shard, specs)):
-        return open_shards(specs)
+        return open_shards(specs, fields)
     if len(specs) > 1:
         stranger = next(one for one in specs if not is_shard(one))
         raise ValueError(
@@ -107,9 +111,15 @@ def open_source(spec: str | Sequence[str]) -> Source:
             "or put the pictures into one"
         )
     path = Path(specs[0]).expanduser()
-    if path.is_dir() and (shards := sorted(map(str, path.glob("*.tar")))):
-        return open_shards(shards)
-    return open_folder(path)
+    tars = path.glob("*.tar") if path.is_dir() else ()
+    shards = sorted(str(tar) for tar in tars if not is_leftover(tar.name))
+    if shards and not has_pictures(path, at_least=len(shards)):
+        return open_shards(shards, fields)
+    if shards:
+        logger.warning(
+            "%s holds pictures: %d .tar beside them not read, such as %s", path, len(shards), shards[0]
+        )
+    return open_folder(path, fields)
 
 
 def decode(
