@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mindalle.cli.command import Parser, UsageError, check_device, check_writable, positive_int, run, say
+from mindalle.cli.data_options import add_fields, fields_of
 
 EXAMPLES = """\
   {prog} data/train runs/codes/train --image-tokenizer runs/tokenizer --num-processes 4
@@ -24,6 +25,7 @@ def build_parser(prog: str) -> Parser:
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="a directory, a captions file, or shards (.tar)")
     add("out", type=Path, metavar="OUT", help="directory of the cache")
+    add_fields(parser)
     add("--image-tokenizer", required=True, metavar="NAME", help="bundled name, checkpoint path or release")
     add("--crops", type=positive_int, default=1, metavar="K", help="per picture: the centre, then random (1)")
     add("--size", type=positive_int, metavar="N", help="side in pixels; default: the tokenizer's")
@@ -62,7 +64,7 @@ def encode(args: argparse.Namespace) -> None:
 
     size = args.size or load_image_tokenizer(args.image_tokenizer).convnet.image_size
     job = EncodingJob(
-        source=open_source(args.source),
+        source=open_source(args.source, fields_of(args)),
         image_tokenizer=args.image_tokenizer,
         directory=args.out,
         transform=TransformConfig(

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mindalle.cli.command import Parser, UsageError, check_writable, positive_int, run, say
+from mindalle.cli.data_options import add_fields, fields_of
 
 if TYPE_CHECKING:
+    from mindalle.data.captions import Fields
     from mindalle.text import TextTokenizer
 
 EXAMPLES = """\
@@ -34,6 +36,7 @@ def build_parser(prog: str) -> Parser:
         metavar="SOURCE",
         help="captioned pictures (directory, captions file, shards), or a .txt file with a caption a line",
     )
+    add_fields(parser)
     add("--vocab-size", type=positive_int, default=16384, metavar="N", help="words to learn at most (16384)")
     add(
         "--length",
@@ -63,7 +66,7 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     from mindalle.progress import progress_bar
     from mindalle.text import TextTokenizer
 
-    read = (caption for name in args.captions for caption in _read_captions(name))
+    read = (caption for name in args.captions for caption in _read_captions(name, fields_of(args)))
     captions = list(progress_bar(read, desc="reading", unit=" captions"))
     if not captions:
         raise ValueError(
@@ -78,13 +81,13 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         say(line)
 
 
-def _read_captions(name: str) -> Iterator[str]:
+def _read_captions(name: str, fields: Fields) -> Iterator[str]:
     """The captions of a source or of a text file."""
     from mindalle.data import open_source
 
     path = Path(name).expanduser()
     if path.suffix.lower() != ".txt" or not path.is_file():
-        for captions in open_source(name).captions():
+        for captions in open_source(name, fields).captions():
             yield from captions
         return
     with path.open("rb") as file:

@@ -224,7 +224,10 @@ def _field(row: Row, names: Sequence[str]) -> object:
     """The value of the field that goes by one of these names."""
     name = _find(row, names)
     if name is None:
-        raise ValueError(f"expected a field {' or '.join(names)}, got {', '.join(map(str, row)) or 'none'}")
+        raise ValueError(
+            f"expected a field {' or '.join(names)}, got {', '.join(map(str, row)) or 'none'}: say which is "
+            "meant by image_field or caption_field"
+        )
     return row[name]
 
 

@@ -98,6 +98,12 @@ class Folder:
         """The captions of each listed picture."""
         return (self._picture(index).captions or () for index in range(len(self)))
 
+    def captioned(self) -> Folder:
+        """The same without pictures that have no caption; damaged captions are told when they are read."""
+        pictures = map(self._picture, range(len(self)))
+        kept = (picture for picture in pictures if picture.captions != ())
+        return Folder(self.name, self._root, kept, self.classes)
+
     def _picture(self, index: int) -> _Picture:
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")

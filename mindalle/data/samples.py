@@ -73,6 +73,9 @@ class Source(Protocol):
             part: in [0, num_parts).
         """
 
+    def captioned(self) -> Source:
+        """The same without samples that have no caption."""
+
     def captions(self) -> Iterator[tuple[str, ...]]:
         """The captions of each listed sample in order, without decoding pictures; () where it has none."""
 
@@ -81,9 +84,10 @@ def open_source(spec: str | Sequence[str], fields: Fields | None = None) -> Sour
     """Find out what is named and list it.
 
     Args:
-        spec: a directory (with a captions file, with a .txt beside each picture, of class folders, or of
-            pictures), a captions file, or WebDataset shards: .tar files, patterns with `*` or {000..099},
-            http(s)://, s3:// and gs:// addresses, pipe: commands, or a list of these.
+        spec: a directory (with a captions file, with a .txt, .caption or .json for each picture, of class
+            folders, or of pictures), a captions file, a .txt list of files, or WebDataset shards: .tar files,
+            patterns with `*` or {000..099}, http(s)://, s3:// and gs:// addresses, pipe: commands, or a list
+            of these.
         fields: what the fields of captions files and of the shards' JSON are called; None = the known names.
 
     Returns:
