@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     for message in NEEDLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING)
-    if rank_zero_only.rank == 0:
+    if not getattr(rank_zero_only, "rank", 0):
         logging.getLogger("mindalle.data").setLevel(logging.INFO)  # what the data are taken for
     try:
         TrainingCLI(args=arguments, prog=prog)

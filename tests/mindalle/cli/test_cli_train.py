@@ -225,8 +225,12 @@ class TestFolder:
         torch.save(content, last)
         assert fit("clip", "--ckpt_path", last, max_steps=4).code == 0
 
-    def test_a_dry_run_leaves_nothing(self, fit: Command, data: Path) -> None:
+    def test_a_dry_run_leaves_nothing(
+        self, fit: Command, data: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         assert fit("clip").code == 0
+        assert "read " in caplog.text  # a run says what the data were taken for
+        assert " pictures" in caplog.text
         before = snapshot(data / "run")
         assert fit("clip", "--trainer.fast_dev_run", "true").code == 0
         assert snapshot(data / "run") == before
