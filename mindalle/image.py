@@ -11,17 +11,38 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 ROUNDING = 1e-4
 """Of a byte, added before truncating: what was a byte and then a float32 in [-1, 1] is off by up to 2e-5."""
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS = {
+    "PNG": ("png",),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "BMP": ("bmp", "dib"),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "JPEG2000": ("jp2", "j2k", "jpx", "jpf", "jpc", "j2c") if features.check("jpg_2000") else (),
+    # from Pillow 11.3 on
+    "AVIF": ("avif", "avifs") if "avif" in features.modules and features.check("avif") else (),
+    "QOI": ("qoi",),
+}
+
+PICTURE_FORMATS = tuple(name for name, suffixes in _FORMATS.items() if suffixes)
 """What Pillow may take a file for: it knows formats that are programs, too, such as EPS, and runs them."""
+
+PICTURE_SUFFIXES = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+"""Of files that are taken for pictures, in any case of letters."""
 
 MAX_ASPECT = 100
 """Longer side / shorter side: resized by its shorter side, a line of pixels would fill the memory."""
+
+
+class UnclearPixelsError(ValueError):
+    """A picture whose numbers do not tell what is white."""
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -67,7 +88,7 @@ def decode_image(file: Path | BytesIO) -> Image.Image:
                 width, height = image.size
                 if max(width, height) <= MAX_ASPECT * min(width, height):
                     return on_white(image)
-    except FileNotFoundError:
+    except (FileNotFoundError, UnclearPixelsError):
         raise
     except UnidentifiedImageError as error:
         expected = ", ".join(PICTURE_FORMATS)
@@ -81,8 +102,14 @@ def decode_image(file: Path | BytesIO) -> Image.Image:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, upright as its camera noted; what is transparent becomes white."""
+    """Any PIL image as RGB, upright as its camera noted; what is transparent becomes white.
+
+    Raises:
+        UnclearPixelsError: if floating-point values leave [0, 1], or whole ones 16 bits.
+    """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        image = _from_unit(image)
     if image.mode.startswith("I"):  # 16 bits ("I" in Pillow before 11), which Pillow would clip, not scale
         image = _to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -93,12 +120,28 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey -> "L", or "LA" where one value stands for transparency."""
-    values = np.asarray(image).clip(0, 65535)  # (H, W)
+    values = np.asarray(image)  # (H, W)
+    if values.min() < 0 or values.max() > 65535:
+        raise UnclearPixelsError(
+            f"no clear picture: its values lie in [{values.min()}, {values.max()}], expected 8 or 16 bits: "
+            "which of them is white? Save it as PNG"
+        )
     grey = Image.fromarray((values / 257).round().astype(np.uint8))
     if "transparency" in image.info:
         is_opaque = values != image.info["transparency"]
         grey.putalpha(Image.fromarray(np.uint8(255) * is_opaque))
     return grey
+
+
+def _from_unit(image: Image.Image) -> Image.Image:
+    """Floating-point grey in [0, 1] -> "L"; Pillow would clip it to [0, 255], which is black."""
+    values = np.asarray(image)  # (H, W) float32
+    if not (values.min() >= 0 and values.max() <= 1):  # neither is NaN
+        raise UnclearPixelsError(
+            f"no clear picture: its floating-point values lie in [{values.min():g}, {values.max():g}], "
+            "expected [0, 1]: which of them is white? Scale it, or save it as PNG"
+        )
+    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

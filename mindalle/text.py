@@ -25,6 +25,7 @@ from mindalle.bpe_dropout import BPEDropout
 
 logger = logging.getLogger(__name__)
 PAD, UNKNOWN, WORD_END = "[PAD]", "[UNK]", "</w>"
+MAX_SHOWN = 200  # characters of a prompt in a message
 BPE16K_FILES = {
     "bpe-16k-vocab.json": "ae486ecb13750452e200d51b8bbf0dda",
     "bpe-16k-merges.txt": "ae6f82de0f53b1e55c2c2d91f7ea419e",
@@ -156,11 +157,11 @@ class TextTokenizer:
         dropout: float = 0.0,
         rng: random.Random | None = None,
     ) -> Tensor:
-        """Encode texts; a text that is too long is cut with a warning that names the lost words.
+        """Encode texts; a warning names the words that are unknown, or cut from a text that is too long.
 
         Args:
             texts: B strings; "" is the null condition.
-            warns_of_loss: False = cut silently, for captions in training.
+            warns_of_loss: False = silently, for captions in training.
             dropout: BPE dropout: the chance in [0, 1] that a merge is left out, at each step; 1 = characters.
             rng: decides which; needed with `dropout`.
 
@@ -182,14 +183,52 @@ class TextTokenizer:
             chosen = self._bpe_dropout.encode(encoding, dropout, rng) if dropout and rng else encoding.ids
             kept = [i if i < self.vocab_size else self.unknown_id for i in chosen[: self.length]]
             ids[row, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
-            if warns_of_loss and len(encoding.ids) > self.length:
-                logger.warning(
-                    "the prompt has %d tokens, the model reads %d; these words are lost: %s",
-                    len(encoding.ids),
-                    self.length,
-                    text[_word_start(encoding, self.length) :],
-                )
+            if warns_of_loss:
+                self._warn_of_loss(text, encoding)
         return ids
+
+    def _warn_of_loss(self, text: str, encoding: Encoding) -> None:
+        """Name the words of a prompt that the model does not read."""
+        if len(encoding.ids) > self.length:
+            logger.warning(
+                "the prompt has %d tokens, the model reads %d; these words are lost: %s",
+                len(encoding.ids),
+                self.length,
+                _shortened(text[_word_start(encoding, self.length) :]),
+            )
+        unknown = self._unknown_words(text, encoding)
+        if text.strip() and all(map(self._is_unknown, encoding.ids[: self.length])):
+            logger.warning(
+                "the model knows no word of the prompt and draws as if without it: %s", _shortened(text)
+            )
+        elif unknown:
+            logger.warning("the model does not know these words: %s", _shortened(", ".join(unknown)))
+
+    def _unknown_words(self, text: str, encoding: Encoding) -> list[str]:
+        """The words of a text, as far as it is read, of which a part is no word of the model."""
+        spans: dict[tuple[int, int], None] = {}
+        for position, one in enumerate(encoding.ids[: self.length]):
+            if self._is_unknown(one):
+                word = encoding.token_to_word(position)
+                span = None if word is None else encoding.word_to_chars(word)
+                spans[span or encoding.offsets[position]] = None
+        return [text[start:end] for start, end in spans]
+
+    def count_losses(self, texts: Sequence[str]) -> tuple[int, int]:
+        """How many texts have words that the model does not know, and how many are cut.
+
+        Args:
+            texts: at least one.
+
+        Returns:
+            Both numbers.
+        """
+        encodings = self.tokenizer.encode_batch(list(texts))
+        num_unknown = sum(any(map(self._is_unknown, one.ids[: self.length])) for one in encodings)
+        return num_unknown, sum(len(one.ids) > self.length for one in encodings)
+
+    def _is_unknown(self, text_id: int) -> bool:
+        return text_id == self.unknown_id or text_id >= self.vocab_size
 
     def count_ids(self, texts: Sequence[str]) -> list[int]:
         """How many ids each text has before it is padded or cut."""
@@ -198,6 +237,11 @@ class TextTokenizer:
     @cached_property
     def _bpe_dropout(self) -> BPEDropout:
         return BPEDropout(self.tokenizer)
+
+
+def _shortened(text: str) -> str:
+    """At most a few lines."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ... ({len(text):,} characters)"
 
 
 def _word_start(encoding: Encoding, position: int) -> int:

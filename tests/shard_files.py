@@ -27,7 +27,8 @@ def draw_picture(index: int, size: int = 16) -> tuple[Image.Image, str]:
 
 def encode_picture(image: Image.Image, suffix: str = "png") -> bytes:
     file = BytesIO()
-    image.save(file, {"jpg": "JPEG"}.get(suffix, suffix))
+    jpegs = dict.fromkeys(("jpg", "jpe", "jfif"), "JPEG")
+    image.save(file, {**jpegs, "jp2": "JPEG2000"}.get(suffix, suffix))
     return file.getvalue()
 
 

@@ -17,6 +17,7 @@ from mindalle.cli.command import (
     run,
     say,
 )
+from mindalle.cli.data_options import add_fields, fields_of
 
 EXAMPLES = """\
   {prog} data/train runs/codes/train --image-tokenizer runs/tokenizer --num-processes 4
@@ -35,6 +36,7 @@ def build_parser(prog: str) -> Parser:
     add("source", nargs="+", metavar="SOURCE", help="a directory, a captions file, or shards (.tar)")
     add("out", type=Path, metavar="OUT", help="directory of the cache")
     add_data_options(parser)
+    add_fields(parser)
     add("--image-tokenizer", required=True, metavar="NAME", help="bundled name, checkpoint path or release")
     add("--crops", type=positive_int, default=1, metavar="K", help="per picture: the centre, then random (1)")
     add("--size", type=positive_int, metavar="N", help="side in pixels; default: the tokenizer's")
@@ -73,7 +75,7 @@ def encode(args: argparse.Namespace) -> None:
 
     size = args.size or load_image_tokenizer(args.image_tokenizer).convnet.image_size
     job = EncodingJob(
-        source=open_source(args.source, allow_pipe=args.allow_pipe),
+        source=open_source(args.source, fields_of(args), allow_pipe=args.allow_pipe),
         image_tokenizer=args.image_tokenizer,
         directory=args.out,
         transform=TransformConfig(

@@ -95,9 +95,12 @@ def _image_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            from mindalle.data.samples import PICTURE_SUFFIXES
+            from mindalle.data.names import is_leftover, is_picture
+            from mindalle.image import PICTURE_SUFFIXES
 
-            found = sorted(file for file in path.iterdir() if file.suffix[1:].lower() in PICTURE_SUFFIXES)
+            found = sorted(
+                file for file in path.iterdir() if is_picture(file.name) and not is_leftover(file.name)
+            )
             if not found:
                 raise FileNotFoundError(
                     f"{path} holds no pictures (of {', '.join(PICTURE_SUFFIXES)}): pass another folder"

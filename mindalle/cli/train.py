@@ -226,7 +226,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     for message in NEEDLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.basicConfig(format=f"{prog}: %(message)s", level=logging.WARNING)
-    logging.getLogger("mindalle").setLevel(logging.INFO)
+    if not getattr(rank_zero_only, "rank", 0):
+        logging.getLogger("mindalle").setLevel(logging.INFO)  # also what the data are taken for
     try:
         TrainingCLI(args=with_recipe_paths(arguments), prog=prog)
     except UnknownRecipeError as error:

@@ -17,8 +17,10 @@ from mindalle.cli.command import (
     run,
     say,
 )
+from mindalle.cli.data_options import add_fields, fields_of
 
 if TYPE_CHECKING:
+    from mindalle.data.captions import Fields
     from mindalle.text import TextTokenizer
 
 EXAMPLES = """\
@@ -43,6 +45,7 @@ def build_parser(prog: str) -> Parser:
         help="captioned pictures (directory, captions file, shards), or a .txt file with a caption a line",
     )
     add_data_options(parser)
+    add_fields(parser)
     add("--vocab-size", type=positive_int, default=16384, metavar="N", help="words to learn at most (16384)")
     add(
         "--length",
@@ -72,7 +75,11 @@ def train_tokenizer(args: argparse.Namespace) -> None:
     from mindalle.progress import progress_bar
     from mindalle.text import TextTokenizer
 
-    read = (caption for name in args.captions for caption in _read_captions(name, allow_pipe=args.allow_pipe))
+    read = (
+        caption
+        for name in args.captions
+        for caption in _read_captions(name, fields_of(args), allow_pipe=args.allow_pipe)
+    )
     captions = list(progress_bar(read, desc="reading", unit=" captions"))
     if not captions:
         raise ValueError(
@@ -87,13 +94,13 @@ def train_tokenizer(args: argparse.Namespace) -> None:
         say(line)
 
 
-def _read_captions(name: str, *, allow_pipe: bool) -> Iterator[str]:
+def _read_captions(name: str, fields: Fields, *, allow_pipe: bool) -> Iterator[str]:
     """The captions of a source or of a text file."""
     from mindalle.data import open_source
 
     path = Path(name).expanduser()
     if path.suffix.lower() != ".txt" or not path.is_file():
-        for captions in open_source(name, allow_pipe=allow_pipe).captions():
+        for captions in open_source(name, fields, allow_pipe=allow_pipe).captions():
             yield from captions
         return
     with path.open("rb") as file:

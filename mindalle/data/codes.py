@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mindalle.data.captions import Fields
 from mindalle.data.code_cache import (
     HEADER,
     CachePlan,
@@ -31,6 +32,7 @@ from mindalle.text import TextTokenizer
 from stage1_vqgan.quantize import PyramidQuantizer, ResidualQuantizer
 
 logger = logging.getLogger(__name__)
+NUM_READ = 10_000  # pictures whose captions are looked at before training
 Split = Literal["train", "val"]
 
 
@@ -66,6 +68,8 @@ class CodeData(StreamData):
             (pyramids only); each picture's own share is uniform below it. What they leave over is quantised
             anew, so that later scales learn to repair them; see `PyramidQuantizer.corrupt`.
         allow_pipe: whether `pipe:` addresses may run their commands.
+        caption_field: what captions are called in captions files and in the shards' JSON; None = known names.
+        image_field: what the pictures' files are called in captions files.
 
     Raises:
         ValueError: if arguments contradict each other or are out of range.
@@ -90,6 +94,8 @@ class CodeData(StreamData):
         is_stochastic: bool = False,
         mistakes: float = 0.0,
         allow_pipe: bool = False,
+        caption_field: str | None = None,
+        image_field: str | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if soft_targets_temperature is not None and soft_targets_temperature <= 0:
@@ -115,6 +121,7 @@ class CodeData(StreamData):
         self.is_stochastic = is_stochastic
         self.mistakes = mistakes
         self.allow_pipe = allow_pipe
+        self.fields = Fields(image=image_field, caption=caption_field)
         self.caches: dict[Split, CodeCache] = {}
         """Empty before `setup`."""
 
@@ -140,7 +147,7 @@ class CodeData(StreamData):
     def _job(self, split: Split, spec: str | list[str]) -> EncodingJob:
         size = load_image_tokenizer(self.image_tokenizer).convnet.image_size
         return EncodingJob(
-            source=open_source(spec, allow_pipe=self.allow_pipe),
+            source=open_source(spec, self.fields, allow_pipe=self.allow_pipe),
             image_tokenizer=self.image_tokenizer,
             directory=self._directory(split),
             transform=self.transform or TransformConfig(image_size=size),
@@ -216,6 +223,10 @@ class CodeData(StreamData):
             _check_pair(caches["train"].plan, caches["val"].plan)
             if self.condition == "class":
                 _check_classes(caches["train"], caches["val"])
+        for split, cache in caches.items():
+            _describe(split, cache)
+            if self.text_tokenizer is not None:
+                _warn_of_losses(split, cache, self.text_tokenizer)
         self.caches = caches
 
     def _check(self, cache: CodeCache) -> None:
@@ -336,6 +347,33 @@ def _is_cache(spec: str | list[str]) -> bool:
 
 def _as_list(spec: str | list[str]) -> list[str]:
     return [spec] if isinstance(spec, str) else spec
+
+
+def _describe(split: Split, cache: CodeCache) -> None:
+    """Say what a cache holds."""
+    header = cache.header
+    logger.info(
+        "%s: codes of %s pictures in %s, %s with captions, %d classes, %s skipped as unreadable",
+        *(split, f"{header.count:,}", cache.directory, f"{header.count - header.num_without_captions:,}"),
+        *(header.num_classes, f"{header.num_unreadable:,}"),
+    )
+
+
+def _warn_of_losses(split: Split, cache: CodeCache, tokenizer: TextTokenizer) -> None:
+    """Say how many captions the model cannot read as they are; of many pictures some are looked at."""
+    pictures = map(cache.picture, range(0, len(cache), -(-len(cache) // NUM_READ)))
+    captions = [caption for picture in pictures for caption in picture.captions]
+    if not captions:
+        return
+    num_unknown, num_cut = tokenizer.count_losses(captions)
+    if num_unknown or num_cut:
+        logger.warning(
+            "%s: %s of %s captions have unknown words, %s are cut at %d ids%s",
+            *(split, f"{num_unknown:,}", f"{len(captions):,}", f"{num_cut:,}", tokenizer.length),
+            ": train a text tokenizer on them if that is too many"
+            if 10 * num_unknown > len(captions)
+            else "",
+        )
 
 
 def _check_pair(train: CachePlan, val: CachePlan) -> None:

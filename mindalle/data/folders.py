@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from mindalle.data.samples import PICTURE_SUFFIXES, Sample, Unreadable, clean_captions, decode
+from mindalle.data.captions import TABLES, Fields, is_caption_list, read_captions
+from mindalle.data.names import folded, is_leftover, is_picture, is_unread_picture, suffix_of
+from mindalle.data.samples import Sample, Unreadable, clean_captions, decode
+from mindalle.image import PICTURE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-CAPTION_FILES = ("captions.jsonl", "captions.csv", "captions.tsv", "metadata.jsonl", "metadata.csv")
+CAPTION_FILES = (
+    *("captions.jsonl", "captions.csv", "captions.tsv", "captions.json", "captions.txt"),
+    *("metadata.jsonl", "metadata.csv"),
+)
 """What is looked for in a directory; metadata.* is how Hugging Face's image folders call theirs."""
 
-FILE_FIELDS = ("file", "image", "file_name", "filename", "path")
-CAPTION_FIELDS = ("captions", "caption", "text")
+SIDECARS = (".txt", ".caption", ".json")
+"""Suffixes of the captions of one picture, `a.txt` or `a.jpg.txt` of `a.jpg`, in this order."""
 
 PART_SIZE = 256  # files of a part: some seconds of encoding, some thousand parts for a million pictures
 
@@ -90,6 +98,12 @@ class Folder:
         """The captions of each listed picture."""
         return (self._picture(index).captions or () for index in range(len(self)))
 
+    def captioned(self) -> Folder:
+        """The same without pictures that have no caption; damaged captions are told when they are read."""
+        pictures = map(self._picture, range(len(self)))
+        kept = (picture for picture in pictures if picture.captions != ())
+        return Folder(self.name, self._root, kept, self.classes)
+
     def _picture(self, index: int) -> _Picture:
         if not 0 <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
@@ -98,11 +112,12 @@ class Folder:
         return _Picture(file, size, None if captions is None else tuple(captions), label)
 
 
-def open_folder(path: Path) -> Folder:
+def open_folder(path: Path, fields: Fields) -> Folder:
     """List the pictures of a directory, or of a captions file in it.
 
     Args:
         path: the directory or the captions file.
+        fields: what the columns of a captions file are called.
 
     Returns:
         The source.
@@ -111,64 +126,148 @@ def open_folder(path: Path) -> Folder:
         FileNotFoundError: if there is nothing at the path.
         ValueError: if there are no pictures, or the captions file cannot be understood.
     """
-    if path.is_file() and path.suffix.lower() in (".jsonl", ".csv", ".tsv"):
-        return _open_captioned(str(path), path)
+    if path.is_file() and path.suffix.lower() in TABLES:
+        return _open_captioned(str(path), path, fields)
+    expected = ", ".join(TABLES)
     if not path.exists():
         raise FileNotFoundError(
-            f"no pictures at {path}: expected a directory, a captions file (.jsonl, .csv, .tsv) or .tar files"
+            f"no pictures at {path}: expected a directory, a captions file ({expected}) or .tar files"
         )
     if not path.is_dir():
-        raise ValueError(f"{path} is no source of pictures: expected a directory, .jsonl, .csv, .tsv or .tar")
-    caption_files = [path / name for name in CAPTION_FILES if (path / name).is_file()]
+        raise ValueError(f"{path} is no source of pictures: expected a directory, {expected} or .tar")
+    files = [path / name for name in CAPTION_FILES if (path / name).is_file()]
+    caption_files = [file for file in files if file.suffix != ".txt" or is_caption_list(file)]
     if len(caption_files) > 1:
         names = " and ".join(file.name for file in caption_files)
         raise ValueError(f"{path} has {names}: name the file to read instead of the directory")
-    return _open_captioned(str(path), caption_files[0]) if caption_files else _open_uncaptioned(path)
+    if caption_files:
+        return _open_captioned(str(path), caption_files[0], fields)
+    return _open_uncaptioned(path, fields)
 
 
-def _open_captioned(name: str, caption_file: Path) -> Folder:
+def has_pictures(root: Path, *, at_least: int) -> bool:
+    """Whether a directory holds so many pictures, not counting those in archives."""
+    return sum(1 for _ in islice(filter(is_picture, _walk(root)), at_least)) == at_least
+
+
+def _open_captioned(name: str, caption_file: Path, fields: Fields) -> Folder:
     """The pictures that a captions file names."""
     root = caption_file.parent
-    captions = _read_captions(caption_file)
-    if not captions:
+    named = read_captions(caption_file, fields)
+    if not named:
         raise ValueError(f"{caption_file} names no pictures: expected a line or row for each")
+    listing = _Listing(root)
+    captions: dict[str, tuple[str, ...]] = {}
+    for spelling, texts in named.items():
+        file = listing.find(spelling)
+        captions[file] = captions.get(file, ()) + texts
     pictures = [_Picture(file, _size(root / file), texts) for file, texts in captions.items()]
     logger.info("read %s as pictures with %s: %s", name, caption_file.name, _count(pictures))
     return Folder(name, root, pictures)
 
 
-def _open_uncaptioned(root: Path) -> Folder:
+class _Listing:
+    """Where the files are that captions name: as written, or in other letters, slashes or accents.
+
+    Args:
+        root: the directory of the captions.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """The first file of each folded path, with and without the top directory: Flickr8k's is Images."""
+        files = sorted(filter(is_picture, _walk(self._root)), reverse=True)
+        below = {folded(file.partition("/")[2]): file for file in files if "/" in file}
+        return below | {folded(file): file for file in files}
+
+    def find(self, name: str) -> str:
+        """The file that is meant; the name itself if there is none."""
+        slashed = PurePosixPath(name.replace("\\", "/")).as_posix()
+        for spelling in (name, slashed):
+            if _size(self._root / spelling) is not None:
+                return spelling
+        return self._files.get(folded(slashed), name)
+
+
+def _open_uncaptioned(root: Path, fields: Fields) -> Folder:
     """Pictures with texts beside them, in class folders, or just pictures."""
-    files = set(_walk(root))
-    suffixes = tuple(f".{suffix}" for suffix in PICTURE_SUFFIXES)
-    names = sorted(file for file in files if file.lower().endswith(suffixes))
+    files = sorted(_walk(root))
+    names = [file for file in files if is_picture(file)]
+    unread = Counter(suffix_of(file) for file in files if is_unread_picture(file))
     if not names:
+        got = f", got {_listed(unread)}" if unread else ""
         raise ValueError(
             f"no pictures in {root}: expected {', '.join(PICTURE_SUFFIXES)} files (class folders, or a .txt "
-            f"beside each, or one of {', '.join(CAPTION_FILES)}), or .tar shards"
+            f"beside each, or one of {', '.join(CAPTION_FILES)}), or .tar shards{got}"
         )
-    texts = {file.lower().removesuffix(".txt"): file for file in files if file.lower().endswith(".txt")}
-    sidecars = {name: texts.get(name.lower().rpartition(".")[0]) for name in names}
+    sidecars = _match(names, [file for file in files if file.lower().endswith(SIDECARS)])
+    captions = {name: _sidecar(root, sidecars.get(name), fields) for name in names}
     classes: list[str] = []
-    if any(sidecars.values()):
-        kind = "pictures with .txt files"
+    # a stray text makes no captioned data of class folders; one that cannot be read counts as a caption
+    if 2 * sum(texts != () for texts in captions.values()) >= len(names):
+        kinds = sorted({f".{suffix_of(sidecars[name])}" for name in names if captions[name] != ()})
+        kind = f"pictures with {' and '.join(kinds)} files"
     elif all("/" in name for name in names):
         # a directory without pictures counts: so validation can have classes that only training shows
-        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+        classes = sorted(
+            entry.name for entry in root.iterdir() if entry.is_dir() and not is_leftover(entry.name)
+        )
         kind = f"class folders: {len(classes):,} class{'es' * (len(classes) != 1)}"
     else:
         kind = "pictures"
     labels = {name: label for label, name in enumerate(classes)}
     pictures = [
-        _Picture(name, _size(root / name), _sidecar(root, sidecars[name]), labels.get(name.split("/")[0]))
-        for name in names
+        _Picture(name, _size(root / name), captions[name], labels.get(name.split("/")[0])) for name in names
     ]
     logger.info("read %s as %s%s%s", root, kind, ", " if classes else ": ", _count(pictures))
+    if unread:
+        logger.warning(
+            "%s: not read are %s: convert them to PNG or JPEG if they belong to the data",
+            root,
+            _listed(unread),
+        )
     return Folder(str(root), root, pictures, classes)
 
 
+def _match(pictures: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
+    """The text file of each picture that has one: of exactly its name, else of its name in other letters.
+
+    A text that is exactly another picture's is not shared out. Where all pictures are in one directory, texts
+    may be in another one beside it, under the same names.
+
+    Args:
+        pictures: sorted.
+        texts: sorted.
+    """
+    by_stem: dict[str, str] = {}
+    for text in sorted(texts, key=lambda text: SIDECARS.index(f".{suffix_of(text)}")):
+        by_stem.setdefault(text.rpartition(".")[0], text)
+    tops = {picture.partition("/")[0] for picture in pictures}
+    if len(tops) == 1 and all("/" in picture for picture in pictures):
+        (top,) = tops
+        for stem, text in list(by_stem.items()):
+            directory, slash, rest = stem.partition("/")
+            if slash and directory != top:
+                by_stem.setdefault(f"{top}/{rest}", text)
+    stems = {picture: (picture.rpartition(".")[0], picture) for picture in pictures}
+    found = {p: by_stem[stem] for p, both in stems.items() for stem in reversed(both) if stem in by_stem}
+    taken = set(found.values())
+    by_folded: dict[str, str] = {}
+    for stem, text in by_stem.items():
+        if text not in taken:
+            by_folded.setdefault(folded(stem), text)
+    for picture, both in stems.items():
+        near = next((by_folded[folded(stem)] for stem in both if folded(stem) in by_folded), None)
+        if picture not in found and near is not None:
+            found[picture] = near
+    return found
+
+
 def _walk(root: Path) -> Iterator[str]:
-    """Files below a directory that are not hidden, by relative path; links are followed, not in circles."""
+    """Files below a directory that are no leftovers, by relative path; links are followed, not in circles."""
     seen = set()
     for directory, subdirectories, files in os.walk(root, followlinks=True):
         status = os.stat(directory)
@@ -176,9 +275,9 @@ def _walk(root: Path) -> Iterator[str]:
             subdirectories.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subdirectories[:] = sorted(name for name in subdirectories if name[0] != ".")
+        subdirectories[:] = sorted(name for name in subdirectories if not is_leftover(name))
         for name in files:
-            if name[0] != ".":
+            if not is_leftover(name):
                 yield Path(directory, name).relative_to(root).as_posix()
 
 
@@ -202,94 +301,22 @@ def _count(pictures: Sequence[_Picture]) -> str:
     return ", ".join(counts)
 
 
-def _sidecar(root: Path, file: str | None) -> tuple[str, ...] | None:
-    """The lines of a text file, a caption each; None if it is no text."""
+def _listed(counts: Counter[str]) -> str:
+    """Such as "3 .heic and 1 .svg"."""
+    return " and ".join(f"{number:,} .{suffix}" for suffix, number in sorted(counts.items()))
+
+
+def _sidecar(root: Path, file: str | None, fields: Fields) -> tuple[str, ...] | None:
+    """The lines of a text file, a caption each, or what a JSON file has; None if it is no text."""
     if file is None:
         return ()
     if _size(root / file) is None:
         return None
     try:
-        return clean_captions((root / file).read_text(encoding="utf-8-sig").split("\n"))
-    except (OSError, ValueError):
+        text = (root / file).read_text(encoding="utf-8-sig")
+        if file.lower().endswith(".json"):
+            metadata = json.loads(text)
+            return fields.captions_in(metadata) if isinstance(metadata, dict) else ()  # of other things
+        return clean_captions(text.split("\n"))
+    except (OSError, ValueError, RecursionError):
         return None
-
-
-class _Lines:
-    """The lines of a text file, and the number of the one last read, for messages."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.number = 0
-
-    def __iter__(self) -> Iterator[str]:
-        with self.path.open("rb") as file:
-            for self.number, line in enumerate(file, start=1):
-                yield line.decode("utf-8-sig" if self.number == 1 else "utf-8")
-
-
-def _read_captions(caption_file: Path) -> dict[str, tuple[str, ...]]:
-    """The captions of each file; several lines for one add up."""
-    captions: dict[str, tuple[str, ...]] = {}
-    lines = _Lines(caption_file)
-    suffix = caption_file.suffix.lower()
-    try:
-        for row in _json_rows(lines) if suffix == ".jsonl" else _table_rows(lines, is_tsv=suffix == ".tsv"):
-            file = _relative(_field(row, FILE_FIELDS))
-            captions[file] = captions.get(file, ()) + clean_captions(_field(row, CAPTION_FIELDS))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{caption_file}:{lines.number}: {error}") from error
-    return captions
-
-
-def _json_rows(lines: Iterable[str]) -> Iterator[Mapping[str, object]]:
-    """The objects of a JSON lines file."""
-    for line in lines:
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError(f"expected a JSON object, got {line.strip():.60}")
-        yield row
-
-
-def _table_rows(lines: Iterable[str], *, is_tsv: bool) -> Iterator[Mapping[str, object]]:
-    """The rows of a table, by the names in its header; in TSV a quote is a character like any other."""
-    if is_tsv:
-        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.DictReader(lines, strict=True)
-    first = 1  # line of the header, then of each row
-    try:
-        num_columns = len(reader.fieldnames or ())
-        first = reader.line_num + 1
-        for row in reader:
-            if None in row or None in row.values():  # what DictReader makes of too many columns and too few
-                hint = "a tab or line break in a caption" if is_tsv else "a comma or line break not quoted"
-                raise ValueError(
-                    f"expected {num_columns} columns as in the header, "
-                    f"got {'more' if None in row else 'fewer'}: is there {hint}?"
-                )
-            yield row
-            first = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"{error}, in the row that begins at line {first}: is a quote not closed or not doubled?"
-        ) from error
-
-
-def _field(row: Mapping[str, object], names: Sequence[str]) -> object:
-    """The value of the field that goes by one of these names."""
-    for name in names:
-        if name in row:
-            return row[name]
-    raise ValueError(f"expected a field {' or '.join(names)}, got {', '.join(map(str, row)) or 'none'}")
-
-
-def _relative(file: object) -> str:
-    """A file name that stays below its directory."""
-    if not isinstance(file, str) or not file.strip() or "\0" in file:
-        raise ValueError(f"expected the name of a picture file, got {file!r:.80}")
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{file} leads out of the directory of the captions: expected a path below it")
-    return str(path)

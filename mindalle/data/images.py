@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindalle.data.captions import Fields
 from mindalle.data.folders import Folder
 from mindalle.data.module import StreamData
 from mindalle.data.samples import Sample, Source, Unreadable, open_source, seed_of
@@ -18,6 +20,8 @@ from mindalle.data.shard_stream import ShardStream
 from mindalle.data.shards import Shards
 from mindalle.data.stream import MAX_MISSES, Batch, Stream, StreamLoader
 from mindalle.data.transforms import TransformConfig, transform
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class ImageData(StreamData):
             not local. None = as many as there are.
         val_size: the same of a validation.
         allow_pipe: whether `pipe:` addresses may run their commands.
+        caption_field: what captions are called in captions files and in the shards' JSON; None = known names.
+        image_field: what the pictures' files are called in captions files.
     """
 
     def __init__(
@@ -112,6 +118,8 @@ class ImageData(StreamData):
         epoch_size: int | None = None,
         val_size: int | None = None,
         allow_pipe: bool = False,
+        caption_field: str | None = None,
+        image_field: str | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.train = train
@@ -120,6 +128,7 @@ class ImageData(StreamData):
         self.epoch_size = epoch_size
         self.val_size = val_size
         self.allow_pipe = allow_pipe
+        self.fields = Fields(image=image_field, caption=caption_field)
         self.train_source: Source | None = None
         """None before `setup`."""
         self.val_source: Source | None = None
@@ -132,14 +141,26 @@ class ImageData(StreamData):
 
         Raises:
             FileNotFoundError: if a source is not there.
-            ValueError: if a source cannot be understood or holds no readable picture, if it is not known how
-                long an epoch is, or if the classes of the two sources differ.
+            ValueError: if a source cannot be understood or holds no readable picture, or none with a caption
+                where the model needs one, if it is not known how long an epoch is, or if the classes of the
+                two sources differ.
         """
         if self.train_source is None:
-            self.train_source = _open(self.train, self.epoch_size, "epoch_size", allow_pipe=self.allow_pipe)
+            self.train_source = self._open(self.train, self.epoch_size, "epoch_size")
         if self.val_source is None and self.val is not None:
-            self.val_source = _open(self.val, self.val_size, "val_size", allow_pipe=self.allow_pipe)
+            self.val_source = self._open(self.val, self.val_size, "val_size")
             _check_classes(self.train_source, self.val_source)
+
+    def _open(self, spec: str | list[str], size: int | None, name: str) -> Source:
+        """A source that has readable pictures; a CLIP's have captions."""
+        source = open_source(spec, self.fields, allow_pipe=self.allow_pipe)
+        _check_size(source, size, name)
+        if self.trainer and getattr(self.trainer.lightning_module, "needs_captions", False):
+            source = _captioned(source)
+        _check_pictures(source)
+        if isinstance(source, Shards) and source.is_local:
+            logger.info("%s: %s pictures", source.name, f"{len(source):,}")
+        return source
 
     def train_dataloader(self) -> Any:
         """Shuffled batches, which go on where a killed run was."""
@@ -163,9 +184,27 @@ class ImageData(StreamData):
         return StreamLoader(stream, num_workers=self.num_workers)
 
 
-def _open(spec: str | list[str], size: int | None, name: str, *, allow_pipe: bool) -> Source:
-    """A source that has readable pictures; `name` is the argument that gives its `size`."""
-    source = open_source(spec, allow_pipe=allow_pipe)
+def _captioned(source: Source) -> Source:
+    """The pictures of a source that have a caption."""
+    captioned = source.captioned()
+    if isinstance(source, Shards) and not source.is_local:  # nobody knows how many there are
+        return captioned
+    count, num_left = len(source), len(captioned)
+    if not num_left:
+        raise ValueError(
+            f"no picture of {source.name} has a caption, none of {count:,}: this model learns from "
+            "pictures with captions"
+        )
+    if num_left < count:
+        logger.warning(
+            "%s: %s of %s pictures have no caption and are left out",
+            *(source.name, f"{count - num_left:,}", f"{count:,}"),
+        )
+    return captioned
+
+
+def _check_size(source: Source, size: int | None, name: str) -> None:
+    """Whether it is known how long an epoch is; `name` is the argument that gives its `size`."""
     if size is not None and size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     if size is not None and isinstance(source, Folder):
@@ -178,11 +217,15 @@ def _open(spec: str | list[str], size: int | None, name: str, *, allow_pipe: boo
             f"how many pictures {source.name} holds is not known before they are read: "
             f"set data.{name}, the number that makes an epoch"
         )
+
+
+def _check_pictures(source: Source) -> None:
+    """There must be a picture that can be read."""
     samples = (sample for part in range(source.num_parts) for sample in source.read(part))
     reason = "there are none"
     for sample in islice(samples, MAX_MISSES):
         if isinstance(sample, Sample):
-            return source
+            return
         reason = f"{sample.key}: {sample.reason}"
     raise ValueError(f"no readable picture in {source.name}: {reason}")
 

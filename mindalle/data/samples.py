@@ -8,16 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
+from mindalle.data.names import is_leftover
 from mindalle.image import decode_image
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from mindalle.data.captions import Fields
 
-PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
-"""Of files that are taken for pictures, in any case of letters."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,25 @@ class Source(Protocol):
             part: in [0, num_parts).
         """
 
+    def captioned(self) -> Source:
+        """The same without samples that have no caption."""
+
     def captions(self) -> Iterator[tuple[str, ...]]:
         """The captions of each listed sample in order, without decoding pictures; () where it has none."""
 
 
-def open_source(spec: str | Sequence[str], *, allow_pipe: bool = False) -> Source:
+def open_source(
+    spec: str | Sequence[str], fields: Fields | None = None, *, allow_pipe: bool = False
+) -> Source:
     """Find out what is named and list it.
 
     Args:
-        spec: a directory (with a captions file, with a .txt beside each picture, of class folders, or of
-            pictures), a captions file, or WebDataset shards: .tar files, patterns with `*` or {000..099},
-            http(s)://, s3:// and gs:// addresses, pipe: commands, or a list of these. Only what is named
-            here can be a pattern or an address; what lies in a directory is a file, whatever it is called.
+        spec: a directory (with a captions file, with a .txt, .caption or .json for each picture, of class
+            folders, or of pictures), a captions file, a .txt list of files, or WebDataset shards: .tar files,
+            patterns with `*` or {000..099}, http(s)://, s3:// and gs:// addresses, pipe: commands, or a list
+            of these. Only what is named here can be a pattern or an address; what lies in a directory is a
+            file, whatever it is called.
+        fields: what the fields of captions files and of the shards' JSON are called; None = the known names.
         allow_pipe: whether `pipe:COMMAND` may run its command in a shell, and read what that writes.
 
     Returns:
@@ -95,14 +103,16 @@ def open_source(spec: str | Sequence[str], *, allow_pipe: bool = False) -> Sourc
             commands are not allowed.
     """
     # the kinds are built from what this file defines
-    from mindalle.data.folders import open_folder
+    from mindalle.data.captions import Fields
+    from mindalle.data.folders import has_pictures, open_folder
     from mindalle.data.shards import is_shard, open_shards
 
+    fields = fields or Fields()
     specs = [spec] if isinstance(spec, str) else list(spec)
     if not specs or not all(isinstance(one, str) and one for one in specs):
         raise ValueError(f"pictures must be named by a path, a pattern or a list of shards, got {spec!r}")
     if all(map(is_shard, specs)):
-        return open_shards(specs, allow_pipe=allow_pipe)
+        return open_shards(specs, fields, allow_pipe=allow_pipe)
     if len(specs) > 1:
         stranger = next(one for one in specs if not is_shard(one))
         raise ValueError(
@@ -110,9 +120,15 @@ def open_source(spec: str | Sequence[str], *, allow_pipe: bool = False) -> Sourc
             "or put the pictures into one"
         )
     path = Path(specs[0]).expanduser()
-    if path.is_dir() and (shards := sorted(path.glob("*.tar"))):
-        return open_shards(shards)
-    return open_folder(path)
+    tars = path.glob("*.tar") if path.is_dir() else ()
+    shards = sorted(tar for tar in tars if not is_leftover(tar.name))
+    if shards and not has_pictures(path, at_least=len(shards)):
+        return open_shards(shards, fields)
+    if shards:
+        logger.warning(
+            "%s holds pictures: %d .tar beside them not read, such as %s", path, len(shards), shards[0]
+        )
+    return open_folder(path, fields)
 
 
 def decode(

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from itertools import chain, count
 from typing import Any, Protocol
 
+from mindalle.data.members import RawSample
 from mindalle.data.samples import Sample, Unreadable, seed_of
-from mindalle.data.shards import RawSample, Shards, shuffled
+from mindalle.data.shards import Shards, shuffled
 from mindalle.data.stream import MAX_MISSES, Items, Reader, Stream
 
 

@@ -10,8 +10,8 @@ import os
 import random
 import re
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,11 @@ import webdataset as wds
 from braceexpand import braceexpand
 from webdataset.gopen import Pipe
 
-from mindalle.data.samples import PICTURE_SUFFIXES, Sample, Unreadable, clean_captions, decode
+from mindalle.data.captions import Fields
+from mindalle.data.members import Layout, RawSample, gathered, headers, layout_of, streamed
+from mindalle.data.names import is_picture, is_unread_picture
+from mindalle.data.samples import Sample, Unreadable, clean_captions, decode
+from mindalle.image import PICTURE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +50,6 @@ MAX_SHARDS = 1_000_000  # more are a typing error in a brace pattern
 
 SHUFFLE_BUFFER = 2000  # samples held in memory, as compressed bytes
 
-RawSample = dict[str, Any]
-"""The files of a sample as bytes by suffix, and `__key__`, as WebDataset groups them."""
-
-
 MAX_LABEL = 1_000_000  # a larger one is damage, and would make as many classes
 
 
@@ -58,7 +58,7 @@ class _Index:
     """What a scan of all shards finds."""
 
     count: int  # samples
-    num_classes: int  # largest label + 1
+    classes: tuple[str, ...]  # "0" to the largest label, or the names; () if most samples have no label
     digest: str  # SHA-256 of names, sizes and times of all files
 
 
@@ -70,14 +70,24 @@ class Shards:
     Args:
         name: what the user named.
         urls: absolute paths and addresses, at least one; nothing in them is expanded.
+        fields: what the fields of the samples' JSON are called.
+        only_captioned: leave out samples without captions.
     """
 
-    def __init__(self, name: str, urls: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, urls: Sequence[str], fields: Fields | None = None, *, only_captioned: bool = False
+    ) -> None:
         self.name = name
         self.urls = tuple(urls)
         self.is_local = not any(url.startswith(REMOTE) for url in urls)
-        first = next(_headers(self.urls[0]), {}) if self.is_local else {}
-        self.classes = tuple(map(str, range(self._index.num_classes))) if "cls" in first else ()
+        self.fields = fields or Fields()
+        self.only_captioned = only_captioned
+        firsts = (next(headers(url, ()), {}) for url in self.urls) if self.is_local else iter(())
+        self.classes = self._index.classes if any("cls" in first for first in firsts) else ()
+
+    def captioned(self) -> Shards:
+        """The same without samples that have no caption."""
+        return Shards(self.name, self.urls, self.fields, only_captioned=True)
 
     @property
     def num_parts(self) -> int:
@@ -99,16 +109,45 @@ class Shards:
     @cached_property
     def _index(self) -> _Index:
         """A scan of all headers, which takes a while: done when first needed."""
-        count, num_classes, digest = 0, 0, hashlib.sha256()
+        labels: Counter[str] = Counter()
+        count, digest = 0, hashlib.sha256()
+        texts = ("json", "txt", "caption") if self.only_captioned else ()
         for url in self.urls:
-            for files in _headers(url):
+            for files in headers(url, ("cls", *texts)):
+                if self.only_captioned and not self._has_caption(files):
+                    continue
                 count += 1
-                with suppress(ValueError):  # one that is unreadable is left out when it is read
-                    label = _label(files)
-                    num_classes = max(num_classes, 0 if label is None else label + 1)
+                with suppress(UnicodeDecodeError):  # one that is unreadable is left out when it is read
+                    labels.update(filter(None, [_label_text(files)]))
                 described = {name: value for name, value in files.items() if name != "__url__"}
                 digest.update(repr(sorted(described.items())).encode(errors="backslashreplace"))
-        return _Index(count, num_classes, digest.hexdigest())
+        is_labelled = 2 * labels.total() >= count  # a stray label makes no classes
+        return _Index(count, _classes(labels) if is_labelled else (), digest.hexdigest())
+
+    def _has_caption(self, raw: RawSample) -> bool:
+        """Whether a sample has a caption, or one that is damaged, which is told when it is read."""
+        try:
+            return bool(self._captions(raw))
+        except (ValueError, RecursionError):
+            return True
+
+    def _captions(self, raw: RawSample) -> tuple[str, ...]:
+        """Those of KEY.json, or else the lines of KEY.txt or KEY.caption."""
+        captions = self.fields.captions_in(json.loads(raw["json"])) if "json" in raw else ()
+        text = raw.get("txt", raw.get("caption"))
+        if not captions and text is not None:
+            captions = clean_captions(text.decode("utf-8-sig").split("\n"))
+        return captions
+
+    def _label(self, raw: RawSample) -> int | None:
+        """That of KEY.cls: a number, or the name of a class."""
+        text = _label_text(raw)
+        return self.classes.index(text) if text in self._names else _number(text)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        """Of classes that are not numbers."""
+        return frozenset(name for name in self.classes if not _is_number(name))
 
     def read(self, part: int) -> Iterator[Sample | Unreadable]:
         """The samples of a shard; see `Source.read`."""
@@ -132,8 +171,13 @@ class Shards:
         url = self.urls[part]
         try:
             stream = _open(url)
-            files = wds.tariterators.tar_file_expander([{"url": url, "stream": stream}], handler=note)
-            yield from wds.tariterators.group_by_keys(files, handler=note)
+            layout = Layout() if url.startswith(REMOTE) else layout_of(url)
+            samples = (
+                gathered(url, layout, note) if layout.is_scattered else streamed(url, stream, layout, note)
+            )
+            for sample in samples:
+                if not self.only_captioned or self._has_caption(sample):
+                    yield sample
             # a connection lost between two files looks like the end of the shard: only the command that reads
             # an address knows, and it tells when it has ended
             while stream.read(CHUNK):
@@ -157,13 +201,13 @@ class Shards:
         key = key.encode(errors="backslashreplace").decode()  # of names that are no text
         suffix = next((suffix for suffix in PICTURE_SUFFIXES if suffix in raw), None)
         if suffix is None:
-            return Unreadable(key, f"it has no picture ({', '.join(PICTURE_SUFFIXES)})")
+            return Unreadable(key, _without_picture(raw))
         try:
-            captions, label = _captions(raw), _label(raw)
+            captions, label = self._captions(raw), self._label(raw)
         except (ValueError, RecursionError) as error:
             return Unreadable(key, " ".join(str(error).split()))
         if self.classes and label is None:
-            return Unreadable(key, "it has no label (cls), unlike the first picture of the shards")
+            return Unreadable(key, "it has no label (cls), unlike most pictures of the shards")
         return decode(key, BytesIO(raw[suffix]), captions, label)
 
     def captions(self) -> Iterator[tuple[str, ...]]:
@@ -172,7 +216,7 @@ class Shards:
             for raw in self.raw(part):
                 if not isinstance(raw, Unreadable):
                     try:
-                        captions = _captions(raw)
+                        captions = self._captions(raw)
                     except (ValueError, RecursionError):
                         captions = ()
                     yield captions
@@ -184,12 +228,13 @@ def is_shard(spec: str) -> bool:
     return is_named_so and not os.path.isdir(os.path.expanduser(spec))
 
 
-def open_shards(specs: Sequence[str | Path], *, allow_pipe: bool = False) -> Shards:
+def open_shards(specs: Sequence[str | Path], fields: Fields, *, allow_pipe: bool = False) -> Shards:
     """Find the tar files.
 
     Args:
         specs: what a user typed: paths, patterns with `*` or {000..099}, and addresses. What was found on the
             disk is a Path, and never taken for a pattern or an address.
+        fields: what the fields of the samples' JSON are called.
         allow_pipe: whether `pipe:` addresses may run their command.
 
     Returns:
@@ -208,8 +253,8 @@ def open_shards(specs: Sequence[str | Path], *, allow_pipe: bool = False) -> Sha
         )
     ]
     name = str(specs[0]) if len(specs) == 1 else f"{specs[0]} and {len(specs) - 1:,} more"
-    shards = Shards(name, urls)
-    if shards.is_local and next((1 for url in urls if next(_headers(url), None)), None) is None:
+    shards = Shards(name, urls, fields)
+    if shards.is_local and not any(next(headers(url, ()), None) for url in urls):
         raise ValueError(
             f"no pictures in {name}: expected tar files with KEY.png, KEY.jpg, ... beside KEY.json"
         )
@@ -265,40 +310,42 @@ def shuffled(samples: Iterator[Any], rng: random.Random) -> Iterator[Any]:
     return wds.shuffle(SHUFFLE_BUFFER, rng=rng)(samples)  # type: ignore[no-any-return]
 
 
-def _headers(path: str) -> Iterator[RawSample]:
-    """The samples of a local shard, with sizes and times instead of contents (save for labels)."""
-
-    def members() -> Iterator[dict[str, Any]]:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isreg():
-                    is_label = member.name.lower().endswith(".cls") and member.size < 99
-                    file = tar.extractfile(member) if is_label else None
-                    content = file.read() if file else f"{member.size} {member.mtime}"
-                    yield {"fname": member.name, "data": content, "__url__": path}
-
-    try:
-        yield from wds.tariterators.group_by_keys(members(), handler=wds.ignore_and_continue)
-    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-        logger.warning("%s is damaged: %s", path, error)
+def _classes(labels: Iterable[str]) -> tuple[str, ...]:
+    """The classes that labels stand for: all up to the largest number, or, without numbers, the texts."""
+    numbers = [int(label) for label in labels if _is_number(label)]
+    if not numbers:
+        return tuple(sorted(labels))
+    return tuple(map(str, range(1 + max((n for n in numbers if 0 <= n < MAX_LABEL), default=-1))))
 
 
-def _captions(raw: RawSample) -> tuple[str, ...]:
-    """Those of KEY.json, or else the lines of KEY.txt."""
-    metadata = json.loads(raw["json"]) if "json" in raw else {}
-    if not isinstance(metadata, dict):
-        raise ValueError(f"its JSON must be an object, got {metadata!r:.80}")
-    captions = clean_captions(metadata.get("captions", metadata.get("caption")))
-    if not captions and "txt" in raw:
-        captions = clean_captions(raw["txt"].decode("utf-8-sig").split("\n"))
-    return captions
+def _is_number(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()
 
 
-def _label(raw: RawSample) -> int | None:
-    """That of KEY.cls."""
-    if "cls" not in raw:
+def _without_picture(raw: RawSample) -> str:
+    """Why a sample has no picture, as far as its other files tell."""
+    suffixes = [suffix for suffix in raw if not suffix.startswith("__")]
+    reason = f"it has no picture ({', '.join(PICTURE_SUFFIXES)}), but {', '.join(suffixes[:5])}"
+    if any(is_unread_picture(f"_.{suffix}") for suffix in suffixes):
+        return f"{reason}, which is not read: convert it to PNG or JPEG"
+    if any(is_picture(f"_.{suffix}") for suffix in suffixes):
+        return f"{reason}: keys may hold dots in local shards only"
+    return f"{reason}: the files of a sample must be next to each other in shards that are not local"
+
+
+def _label_text(raw: RawSample) -> str | None:
+    """What KEY.cls says."""
+    content = raw.get("cls")
+    return content.decode("utf-8-sig").strip() if isinstance(content, bytes) else content
+
+
+def _number(text: str | None) -> int | None:
+    """The label that a .cls gives as a number."""
+    if text is None:
         return None
-    label = int(raw["cls"])
+    if not _is_number(text):
+        raise ValueError(f"its label (cls) must be a number, as others are, got {text!r:.60}")
+    label = int(text)
     if not 0 <= label < MAX_LABEL:
         raise ValueError(f"its label (cls) must be in [0, {MAX_LABEL}), got {label}")
     return label

@@ -46,6 +46,7 @@ class ClipTraining(Training):
     """
 
     kind = "clip"
+    needs_captions = True  # `ImageData` leaves out pictures without
 
     def __init__(
         self,

@@ -274,3 +274,18 @@ class TestOpenImage:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
         with pytest.raises(ValueError, match=r"bomb.png is refused: .*1600 pixels.*; scale it down first"):
             open_image(tmp_path / "bomb.png")
+
+
+def test_floating_point_pictures(tmp_path: Path) -> None:
+    """A TIFF with values in [0, 1] was read as black: Pillow takes 255 for white."""
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "unit.tif")
+    assert np.asarray(open_image(tmp_path / "unit.tif"))[7, 7].tolist() == [255, 255, 255]
+    assert np.asarray(open_image(tmp_path / "unit.tif"))[3, 4].tolist() == [113, 113, 113]  # 28 / 63
+    for unclear in (values * 255, values - 0.5, values * np.nan):
+        Image.fromarray(unclear).save(tmp_path / "unclear.tif")
+        with pytest.raises(ValueError, match=r"is no clear picture: its floating-point values lie in"):
+            open_image(tmp_path / "unclear.tif")
+    Image.fromarray(np.int32([[0, 70_000]])).save(tmp_path / "wide.tif")
+    with pytest.raises(ValueError, match=r"is no clear picture: its values lie in \[0, 70000\]"):
+        open_image(tmp_path / "wide.tif")

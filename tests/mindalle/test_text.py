@@ -68,7 +68,9 @@ class TestReleasedFiles:
         """The fixture's prompts: one is empty, one has 500 characters, one is in three scripts."""
         expected = torch.load(fixtures_dir / "mindalle-tiny" / "expected.pt", weights_only=True)
         assert torch.equal(bpe16k.encode(expected["prompts"]), expected["token_ids"])
-        assert [len(record.message) > 400 for record in caplog.records] == [True]  # the long one was cut
+        unknown, cut = (record.getMessage() for record in caplog.records)
+        assert unknown == "the model does not know these words: 品, 質"
+        assert "the prompt has 400 tokens, the model reads 64" in cut
 
     @pytest.mark.parametrize(
         "text",
@@ -206,6 +208,35 @@ class TestEncode:
         ids = TextTokenizer(tokenizer, length=3).encode(["red", "red car car red"])
         assert ids.tolist() == [[2, 0, 0], [2, 3, 3]]
         assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["red"]
+
+
+class TestUnknownWords:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("빨간 사과", "the model knows no word of the prompt and draws as if without it: 빨간 사과"),
+            ("🍎", "the model knows no word of the prompt and draws as if without it: 🍎"),
+            ("a 빨간 red 🍎", "the model does not know these words: 빨간, 🍎"),
+        ],
+    )
+    def test_are_named(
+        self, trained: TextTokenizer, caplog: pytest.LogCaptureFixture, text: str, message: str
+    ) -> None:
+        """A prompt in another script drew pictures of nothing, without a word."""
+        trained.encode([text])
+        assert [record.getMessage() for record in caplog.records] == [message]
+        caplog.clear()
+        trained.encode([text, ""], warns_of_loss=False)
+        trained.encode(["", " "])
+        assert not caplog.records
+
+    def test_messages_are_short(self, trained: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+        trained.encode(["빨" * 100_000])
+        trained.encode(["a " * 100_000])
+        assert all(len(record.getMessage()) < 400 for record in caplog.records)
+
+    def test_are_counted(self, trained: TextTokenizer) -> None:
+        assert trained.count_losses(["a", "a 빨", "a " * 99]) == (1, 1)
 
 
 class TestTrain:

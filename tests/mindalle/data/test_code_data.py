@@ -141,6 +141,14 @@ class TestValidation:
         assert "1 of 3 pictures in" in caplog.text
         assert "have no caption: they train the null condition" in caplog.text
 
+    def test_words_that_the_tokenizer_does_not_know(
+        self, arguments: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Captions of another script trained on [UNK], and nobody was told."""
+        shard = write_shard(tmp_path / "korean.tar", range(3), {0: ["빨간 사과"], 1: ["red " * 99]})
+        ready({**arguments, "train": str(shard), "cache_dir": str(tmp_path / "korean")})
+        assert "train: 1 of 3 captions have unknown words, 1 are cut at" in caplog.text
+
 
 class TestTraining:
     def test_every_picture_once_an_epoch(self, arguments: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import unicodedata
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from shard_files import draw_picture, encode_picture, write_pictures
 
+from mindalle.data.captions import Fields
 from mindalle.data.folders import PART_SIZE, Folder
 from mindalle.data.samples import Sample, Source, Unreadable, open_source, seed_of
 
@@ -123,6 +125,144 @@ class TestKinds:
         }
 
 
+class TestNames:
+    """Which text belongs to which picture, whatever the names went through on the way."""
+
+    def write(self, directory: Path, texts: dict[str, str]) -> None:
+        for name, text in texts.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text)
+
+    def test_letters_of_another_case(self, tmp_path: Path) -> None:
+        """Captions of a.jpg and A.jpg were swapped in some runs: a set was walked in any order."""
+        write_pictures(tmp_path, ["a.jpg", "A.jpg", "b.jpg", "C.JPG", "d.jpg", "D.png"])
+        self.write(tmp_path, {"a.txt": "a", "A.txt": "A", "B.TXT": "b", "c.Txt": "c", "d.txt": "d"})
+        assert captions_of(tmp_path) == {
+            "A.jpg": ("A",),
+            "a.jpg": ("a",),
+            "b.jpg": ("b",),
+            "C.JPG": ("c",),
+            "d.jpg": ("d",),
+            "D.png": (),  # a text that is exactly another picture's is not shared out
+        }
+
+    def test_accents_of_macos(self, tmp_path: Path) -> None:
+        """Archives made on a Mac hold decomposed names, captions typed elsewhere composed ones."""
+        decomposed, composed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFD", "NFC"))
+        write_pictures(tmp_path / "a", [f"{decomposed}.png"])
+        self.write(tmp_path / "a", {f"{composed}.txt": "coffee"})
+        assert captions_of(tmp_path / "a") == {f"{decomposed}.png": ("coffee",)}
+        write_pictures(tmp_path / "b", [f"{decomposed}.png", "X.PNG"])
+        self.write(tmp_path / "b", {"captions.csv": f"file,caption\n{composed}.png,coffee\nx.png,x\n"})
+        assert captions_of(tmp_path / "b") == {f"{decomposed}.png": ("coffee",), "X.PNG": ("x",)}
+
+    def test_leftovers_of_macos(self, tmp_path: Path) -> None:
+        """__MACOSX became class 0."""
+        write_pictures(tmp_path, ["cat/1.png", "dog/1.png", "__MACOSX/cat/1.png", "cat/._1.png"])
+        source = open_source(str(tmp_path))
+        assert (source.classes, len(source)) == (("cat", "dog"), 2)
+
+    @pytest.mark.parametrize(
+        ("picture", "text", "content"),
+        [
+            ("a.jpg", "a.jpg.txt", "x"),
+            ("a.jpg", "a.caption", "x"),
+            ("a.jpg", "a.json", '{"url": "y", "Caption": "x"}'),
+            ("images/b/a.jpg", "captions/b/a.txt", "x"),
+            ("a.jpg", "captions.txt", "image,caption\na.jpg,x"),
+            ("Images/a.jpg", "captions.txt", "image,caption\na.jpg,x"),
+            ("a.jpg", "captions.txt", "a.jpg#0\tx"),
+            ("a.jpg", "captions.json", '{"a.jpg": "x"}'),
+            ("a.jpg", "captions.json", '[{"file_name": "a.jpg", "prompt": ["x"]}]'),
+            (
+                "a.jpg",
+                "captions.json",
+                '{"images": [{"id": 7, "file_name": "a.jpg"}],'
+                '"annotations": [{"image_id": 7, "caption": "x"}]}',
+            ),
+        ],
+    )
+    def test_layouts(self, tmp_path: Path, picture: str, text: str, content: str) -> None:
+        write_pictures(tmp_path, [picture])
+        self.write(tmp_path, {text: content})
+        assert captions_of(tmp_path) == {picture: ("x",)}
+
+    def test_json_of_other_things(self, tmp_path: Path) -> None:
+        write_pictures(tmp_path, ["a.jpg"])
+        self.write(tmp_path, {"a.json": '[{"label": "cat"}]'})
+        assert captions_of(tmp_path) == {"a.jpg": ()}
+
+    def test_list_of_files(self, tmp_path: Path) -> None:
+        write_pictures(tmp_path, ["x/1.png", "y/2.png", "3.png"])
+        self.write(tmp_path, {"lists/train.txt": f"../x/1.png\n\n{tmp_path}/y/2.png\n"})
+        source = open_source(str(tmp_path / "lists/train.txt"))
+        assert [type(sample) for sample in read(source)] == [Sample, Sample]
+
+    def test_stray_files(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """One text cost class folders their labels, one archive hid the pictures."""
+        write_pictures(tmp_path, ["cat/1.png", "cat/2.png", "dog/1.png"])
+        self.write(tmp_path, {"cat/1.txt": "a cat", "backup.tar": ""})
+        source = open_source(str(tmp_path))
+        assert source.classes == ("cat", "dog")
+        assert list(source.captions()) == [("a cat",), (), ()]
+        assert "holds pictures: 1 .tar beside them not read" in caplog.text
+
+    def test_pictures_that_are_not_read(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Half of a phone's pictures were left out without a word."""
+        write_pictures(tmp_path, ["1.jpe", "2.jfif", "3.ppm", "4.jp2"])
+        for name in ("5.HEIC", "6.heic", "7.svg"):
+            (tmp_path / name).touch()
+        assert len(read(open_source(str(tmp_path)))) == 4
+        assert "not read are 2 .heic and 1 .svg" in caplog.text
+        (tmp_path / "phone").mkdir()
+        (tmp_path / "phone/1.heic").touch()
+        with pytest.raises(ValueError, match=r"no pictures in .*, got 1 \.heic"):
+            open_source(str(tmp_path / "phone"))
+
+
+class TestTables:
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("captions.csv", "file;caption\na.png;x, y\n"),
+            ("captions.csv", "filepath\ttitle\na.png\tx, y\n"),
+            ("captions.csv", "image_name| comment_number| comment\na.png| 0| x, y\n"),
+            ("captions.csv", 'sep=;\nFile Name;Caption\n.\\a.png;"x, y"\n'),
+            ("captions.csv", '\ufeffIMAGE PATH,Prompt,\na.png,"x, y",\n,,\n,,,,\n'),
+            ("captions.csv", 'file,captions\na.png,"[""x, y""]"\n'),
+            ("captions.tsv", 'file,caption\na.png,"x, y"\n'),
+        ],
+    )
+    def test_dialects(self, tmp_path: Path, name: str, text: str) -> None:
+        write_pictures(tmp_path, ["a.png"])
+        (tmp_path / name).write_text(text)
+        assert captions_of(tmp_path) == {"a.png": ("x, y",)}
+
+    def test_brackets_that_are_no_list(self, tmp_path: Path) -> None:
+        write_pictures(tmp_path, ["a.png"])
+        (tmp_path / "captions.csv").write_text("file,caption\na.png,[1] a cat\n")
+        assert captions_of(tmp_path) == {"a.png": ("[1] a cat",)}
+
+    def test_back_slashes(self, tmp_path: Path) -> None:
+        """Of a table made on Windows every picture was missing."""
+        write_pictures(tmp_path, ["b/a.png"])
+        (tmp_path / "captions.csv").write_text("file,caption\nb\\a.png,x\n")
+        assert captions_of(tmp_path) == {"b/a.png": ("x",)}
+        for outside in ("..\\a.png", "C:\\a.png", "\\\\server\\a.png"):
+            (tmp_path / "captions.csv").write_text(f"file,caption\n{outside},x\n")
+            with pytest.raises(ValueError, match="leads out of the directory"):
+                open_source(str(tmp_path))
+
+    def test_named_fields(self, tmp_path: Path) -> None:
+        write_pictures(tmp_path, ["a.png"])
+        (tmp_path / "captions.csv").write_text("file,caption,where,what\nb.png,b,a.png,x\n")
+        (sample,) = read(open_source(str(tmp_path), Fields(image="where", caption="What")))
+        assert isinstance(sample, Sample)
+        assert (sample.key, sample.captions) == ("a.png", ("x",))
+        with pytest.raises(ValueError, match="expected a field how, got file, caption, where, what"):
+            open_source(str(tmp_path), Fields(caption="how"))
+
+
 class TestHostileFiles:
     def test_unreadable_pictures(self, tmp_path: Path) -> None:
         """EPS pictures are programs, which Pillow would have Ghostscript run."""
@@ -207,7 +347,7 @@ class TestErrors:
             ),
             (
                 "captions.jsonl",
-                '{"file": "1.png", "title": "x"}',
+                '{"file": "1.png", "heading": "x"}',
                 r"jsonl:1: expected a field captions or caption",
             ),
             ("captions.jsonl", '{"file": 1, "caption": "x"}', r"expected the name of a picture file, got 1"),

@@ -100,6 +100,32 @@ class TestBatches:
             assert first["captions"] == ["", "1a", "2a", "3a", "4a"]
             assert torch.equal(second["images"][0], to_tensor(draw_picture(5, 20)[0]))
 
+    @pytest.mark.parametrize("kind", ["folder", "shards"])
+    def test_a_model_that_needs_captions(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+    ) -> None:
+        """CLIP's training died at the first batch without captions, though most pictures had one."""
+        captions = {i: [] if i < 6 else [f"picture {i}"] for i in range(10)}
+        write_shard(tmp_path / "shards/0.tar", range(10), captions)
+        for path in write_pictures(tmp_path / "folder", [f"{i}.png" for i in range(10)]):
+            if captions[int(path.stem)]:
+                path.with_suffix(".txt").write_text(f"picture {path.stem}")
+        write_pictures(tmp_path / "none", ["1.png"])
+        model = Recorder()
+        model.needs_captions = True
+        where = str(tmp_path / kind)
+        data = ImageData(where, where, TransformConfig(image_size=16), batch_size=2, num_workers=0)
+        data.trainer = pl.Trainer(barebones=True, accelerator="cpu")
+        data.trainer.strategy.connect(model)
+        data.setup("fit")
+        assert "6 of 10 pictures have no caption and are left out" in caplog.text
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            drawn = sorted(caption for batch in loader for caption in batch["captions"])
+            assert drawn == [f"picture {i}" for i in range(6, 10)]
+        data.train, data.train_source = str(tmp_path / "none"), None
+        with pytest.raises(ValueError, match=r"no picture of .*none has a caption, none of 1: this model"):
+            data.setup("fit")
+
     def test_no_validation(self, folder: Path) -> None:
         assert image_data(folder).val_dataloader() == []
 

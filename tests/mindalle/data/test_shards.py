@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from shard_files import draw_picture, encode_picture, write_shard, write_tar
 
+from mindalle.data.captions import Fields
 from mindalle.data.samples import Sample, Source, Unreadable, open_source
 from mindalle.data.shards import Shards
 
@@ -119,7 +120,6 @@ class TestSamples:
             ({"png": PICTURE, "json": b'{"captions": [1]}'}, "captions must be text, got 1"),
             ({"png": PICTURE, "json": b'{"captions": ["\\ud83d"]}'}, "captions must be valid Unicode"),
             ({"png": PICTURE, "txt": b"\xff"}, "'utf-8' codec can't decode"),
-            ({"png": PICTURE, "cls": b"x"}, "invalid literal for int()"),
             ({"png": PICTURE, "cls": b"-1"}, "its label (cls) must be in [0, 1000000), got -1"),
             ({"png": PICTURE, "cls": b"9999999999"}, "its label (cls) must be in [0, 1000000)"),
         ],
@@ -137,7 +137,92 @@ class TestSamples:
         assert isinstance(first, Sample)
         assert isinstance(second, Sample)
         assert (first.label, second.label) == (2, 0)
-        assert third == Unreadable("0.tar/2", "it has no label (cls), unlike the first picture of the shards")
+        assert third == Unreadable("0.tar/2", "it has no label (cls), unlike most pictures of the shards")
+
+    @pytest.mark.parametrize("text", ['{"text": "x"}', '{"Title": ["x"]}'])
+    def test_field_names(self, tmp_path: Path, text: str) -> None:
+        """A shard's "text" was not read, though a table's was."""
+        sample = self.one(tmp_path, png=PICTURE, json=text.encode())
+        assert isinstance(sample, Sample)
+        assert sample.captions == ("x",)
+        other = {"0.png": PICTURE, "0.json": b'{"caption": "y", "what": "x"}'}
+        source = open_source(str(write_tar(tmp_path / "0.tar", other)), Fields(caption="what"))
+        assert list(source.captions()) == [("x",)]
+
+    def test_leftovers_of_macos(self, tmp_path: Path) -> None:
+        """._1.png cost the picture its caption, since a name that begins with a dot ends a sample."""
+        write_tar(
+            tmp_path / "0.tar",
+            {
+                "./._1.png": b"x",
+                "1.png": PICTURE,
+                "._1.txt": b"x",
+                "1.txt": b"a",
+                "__MACOSX/1.png": PICTURE,
+                ".DS_Store": b"",
+            },
+        )
+        (tmp_path / "._0.tar").write_bytes(b"x")
+        source = open_source(str(tmp_path))
+        assert len(source) == 1
+        (sample,) = read(source)
+        assert isinstance(sample, Sample)
+        assert (sample.key, sample.captions) == ("0.tar/1", ("a",))
+
+    def test_keys_with_dots(self, tmp_path: Path) -> None:
+        """All pictures of a day became one sample without a picture."""
+        files = {"24.05.a.png": PICTURE, "24.05.a.txt": b"a", "24.05.b.png": PICTURE, "24.05.b.txt": b"b"}
+        masked = {"1.mask.png": b"x", "1.png": PICTURE, "1.txt": b"c"}
+        found = read(open_source(str(write_tar(tmp_path / "0.tar", files | masked))))
+        assert [(s.key, s.captions) for s in found if isinstance(s, Sample)] == [
+            *(("0.tar/24.05.a", ("a",)), ("0.tar/24.05.b", ("b",)), ("0.tar/1", ("c",)))
+        ]
+
+    def test_files_that_lie_apart(self, tmp_path: Path) -> None:
+        """All pictures, then all texts: each was half a sample."""
+        files = {"1.png": PICTURE, "2.png": PICTURE, "1.txt": b"a", "2.txt": b"b"}
+        shard = write_tar(tmp_path / "0.tar", files)
+        source = open_source(str(shard))
+        assert len(source) == 2
+        found = read(source)
+        assert [(s.key, s.captions) for s in found if isinstance(s, Sample)] == [
+            *(("0.tar/1", ("a",)), ("0.tar/2", ("b",)))
+        ]
+        *_, text = read(open_source(f"pipe:cat {shlex.quote(str(shard))}"))
+        assert isinstance(text, Unreadable)
+        assert "but txt: the files of a sample must be next to each other" in text.reason
+
+    def test_pictures_that_are_not_read(self, tmp_path: Path) -> None:
+        sample = self.one(tmp_path, heic=b"x", txt=b"a")
+        assert isinstance(sample, Unreadable)
+        assert sample.reason.endswith("but heic, txt, which is not read: convert it to PNG or JPEG")
+
+    def test_names_of_classes(self, tmp_path: Path) -> None:
+        files = {"0.png": PICTURE, "0.cls": b"dog\n", "1.png": PICTURE, "1.cls": b"cat"}
+        source = open_source(str(write_tar(tmp_path / "0.tar", files)))
+        assert source.classes == ("cat", "dog")
+        assert [s.label for s in read(source) if isinstance(s, Sample)] == [1, 0]
+        files = {"0.png": PICTURE, "0.cls": b"1", "1.png": PICTURE, "1.cls": b"cat"}
+        _, stray = read(open_source(str(write_tar(tmp_path / "0.tar", files))))
+        assert isinstance(stray, Unreadable)
+        assert stray.reason == "its label (cls) must be a number, as others are, got 'cat'"
+
+    @pytest.mark.parametrize("first", [b"", b"text" * 999, None])
+    def test_classes_despite_the_first_shard(self, tmp_path: Path, first: bytes | None) -> None:
+        """A damaged first shard took the labels of all the others, one with a stray label all pictures."""
+        write_tar(tmp_path / "1.tar", {"0.png": PICTURE, "0.cls": b"0", "1.png": PICTURE, "1.cls": b"1"})
+        write_tar(tmp_path / "0.tar", {"7.png": PICTURE})
+        if first is not None:
+            (tmp_path / "0.tar").write_bytes(first)
+        source = open_source(str(tmp_path))
+        assert source.classes == ("0", "1")
+        assert [s.label for s in read(source) if isinstance(s, Sample)] == [0, 1]
+
+    def test_stray_label(self, tmp_path: Path) -> None:
+        files = {"0.png": PICTURE, "0.cls": b"0", **{f"{i}.png": PICTURE for i in range(1, 4)}}
+        source = open_source(str(write_tar(tmp_path / "0.tar", files)))
+        assert source.classes == ()
+        assert len([s for s in read(source) if isinstance(s, Sample)]) == 4
 
 
 class TestDamagedShards:
