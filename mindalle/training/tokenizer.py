@@ -116,6 +116,20 @@ class TokenizerTraining(Training):
         if not self.loss.is_adversarial(self.global_step):
             self.loss.zero_grad(set_to_none=True)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each player's gradient by itself: an adversary's would shrink the tokenizer's steps."""
+        if not gradient_clip_val:
+            return
+        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+        for module in self.trained_modules():
+            if player := [p for p in module.parameters() if p.grad is not None]:
+                clip(player, gradient_clip_val)
+
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Log the loss on held-out images, without the adversary, and count codes."""
         images = batch["images"]
