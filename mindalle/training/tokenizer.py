@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mindalle.image import psnr
 from mindalle.run import load_image_tokenizer
 from mindalle.training.base import OptimizerConfig, Training
+from mindalle.training.watch import TokenizerWatch
 from stage1_vqgan import RQVAE, VQGAN, RQVAEConfig, VQGANConfig
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
@@ -65,6 +66,7 @@ class TokenizerTraining(Training):
         self.loss = TokenizerLoss(loss or TokenizerLossConfig())
         _check_size(model, self.loss)
         self.averages = CodebookAverages(model.quantizer, codebook) if codebook is not None else None
+        self.watch = TokenizerWatch(self.loss.config, codebook, is_codebook_trained=not decoder_only)
         # of the running batch: what the codebooks are to follow
         self._assigned: tuple[Tensor, Tensor] | None = None
         self._code_counts: Tensor  # (D, V): how often each code was chosen in the running validation
@@ -99,6 +101,9 @@ class TokenizerTraining(Training):
         )
         if self.averages is not None:
             self._assigned = (latents.detach(), quantized.codes)
+        if self.global_rank == 0:
+            assignments = self.model.quantizer.assignments(latents.detach(), quantized.codes)
+            self.watch.observe(terms.parts, assignments)
         self._log_terms("train", images, reconstructions, terms.total, terms.parts)
         total: Tensor = terms.total
         return total
