@@ -46,9 +46,9 @@ class SamplingDefaults:
     num_candidates: int = 1  # drawn per image that is kept, if there is a CLIP to choose with; in [1, 65536]
 
     def __post_init__(self) -> None:
-        check_bounds(self, num_candidates=1 << 16)
-        if self.num_candidates < 1:
+        if type(self.num_candidates) is not int or self.num_candidates < 1:
             raise ValueError(f"num_candidates must be an integer of at least 1, got {self.num_candidates!r}")
+        check_bounds(self, num_candidates=1 << 16)
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stage1_vqgan.diff_augment import DiffAugmentConfig, diff_augment
 from stage1_vqgan.discriminator import Discriminator, DiscriminatorConfig
 from stage1_vqgan.perceptual import PERCEPTUAL, build_perceptual
 from stage1_vqgan.quantize.interface import QuantizerOutput
@@ -26,20 +27,20 @@ class TokenizerLossConfig:
     perceptual: str = "lpips"  # network that compares the two, one of `PERCEPTUAL`; none = no such term
     perceptual_weight: float = 1.0  # >= 0
     adversarial_weight: float = 0.75  # of the generator's term, times the adaptive weight; 0 = no adversary
-    adversarial_start: int = 0  # optimiser step from which the adversary learns and is heard, >= 0
+    adversarial_start: int = 0  # optimiser step from which the adversary learns, >= 0
+    adversarial_warmup: int = 300  # steps that it then learns before the tokenizer hears of it, >= 0
     is_adaptive: bool = True  # balance the adversary's gradient with that of pixels and perception
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    augmentation: DiffAugmentConfig | None = None  # of all that the adversary sees, for small sets; {} = on
 
     def __post_init__(self) -> None:
         if self.pixel not in PIXEL_LOSSES:
             raise ValueError(f"pixel must be one of {', '.join(PIXEL_LOSSES)}, got {self.pixel!r}")
         if self.perceptual not in PERCEPTUAL:
             raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL)}, got {self.perceptual!r}")
-        if self.perceptual_weight < 0 or self.adversarial_weight < 0 or self.adversarial_start < 0:
-            raise ValueError(
-                "perceptual_weight, adversarial_weight and adversarial_start must be at least 0, got "
-                f"{self.perceptual_weight}, {self.adversarial_weight} and {self.adversarial_start}"
-            )
+        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "adversarial_warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 class LossTerms(NamedTuple):
@@ -96,25 +97,36 @@ class TokenizerLoss(nn.Module):
         parts |= {"commitment": quantized.commitment_loss, "codebook": quantized.codebook_loss}
         if self.discriminator is not None and last_layer is not None:
             if self.is_adversarial(step):
-                generator = generator_loss(_frozen(self.discriminator, reconstructions))
+                adversary = hinge_loss(
+                    self.discriminator(self._augment(images)),
+                    self.discriminator(self._augment(reconstructions.detach())),
+                )
+                total, parts["discriminator"] = total + adversary, adversary
+            else:
+                # distributed training waits for a gradient of every parameter, be it zero
+                total = total + 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
+            if self.is_heard(step):
+                generator = generator_loss(_frozen(self.discriminator, self._augment(reconstructions)))
                 weight = (
                     adaptive_weight(similarity, generator, last_layer)
                     if self.config.is_adaptive
                     else torch.ones_like(generator)
                 )
-                adversary = hinge_loss(
-                    self.discriminator(images), self.discriminator(reconstructions.detach())
-                )
-                total = total + self.config.adversarial_weight * weight * generator + adversary
-                parts |= {"generator": generator, "discriminator": adversary, "adaptive_weight": weight}
-            else:
-                # distributed training waits for a gradient of every parameter, be it zero
-                total = total + 0.0 * torch.stack([p.sum() for p in self.discriminator.parameters()]).sum()
+                total = total + self.config.adversarial_weight * weight * generator
+                parts |= {"generator": generator, "adaptive_weight": weight}
         return LossTerms(total, {name: part.detach() for name, part in parts.items()})
 
     def is_adversarial(self, step: int) -> bool:
-        """Whether the adversary learns and is heard at a step of the optimiser."""
+        """Whether the adversary learns at a step of the optimiser."""
         return self.discriminator is not None and step >= self.config.adversarial_start
+
+    def is_heard(self, step: int) -> bool:
+        """Whether the tokenizer follows the adversary at a step of the optimiser."""
+        return self.is_adversarial(step - self.config.adversarial_warmup)
+
+    def _augment(self, images: Tensor) -> Tensor:
+        """What the adversary sees of pictures (B, 3, H, W)."""
+        return diff_augment(images, self.config.augmentation) if self.config.augmentation else images
 
 
 def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def build(folder: str) -> Any:
     arguments = config.model.init_args
     if "loss" in arguments and "perceptual" in (arguments.loss or {}):
         arguments.loss.perceptual = "none"  # its weights would be downloaded
-    is_bundled = arguments.pretrained in bundled_models()
+    is_bundled = {arguments.pretrained, arguments.get("start_from")} & set(bundled_models())
     if arguments.pretrained is not None and not is_bundled:
         assert arguments.config is None
         arguments.config = pretrained_config(arguments.pretrained)
@@ -310,7 +310,7 @@ def test_codes_come_from_somewhere(name: str) -> None:
     by_folder = {str(args.out): args for args in encodings}
     for folder in data.specs.values():
         assert by_folder[folder].image_tokenizer == data.image_tokenizer
-        assert by_folder[folder].latents == (data.temperature is not None)
+        assert by_folder[folder].latents == data.needs_latents
 
 
 @recipes
@@ -323,8 +323,8 @@ def test_callbacks(name: str) -> None:
         if strategy == "fsdp_blocks":
             assert not isinstance(callback, (PromptSheet, WeightAveraging))
         if isinstance(callback, PromptSheet):
-            condition, code_shape = training.model.config.condition, training.model.code_shape
-            callback.params.check_depths(code_shape[2] if len(code_shape) == 3 else 1)
+            condition = training.model.config.condition
+            callback.params.check_depths(max(training.model.code_depths) + 1)
             prompts = callback.prompts or []
             assert bool(prompts) == (condition.kind != "none")
             expected = {"class": int, "text": str, "none": str}[condition.kind]

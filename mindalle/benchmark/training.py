@@ -75,7 +75,7 @@ def _tokenizer_step(
     tokenizer.train()
     side = tokenizer.convnet.image_size
     images = torch.rand(batch_size, 3, side, side, device=device) * 2 - 1
-    criterion = TokenizerLoss(TokenizerLossConfig(perceptual="none"))
+    criterion = TokenizerLoss(TokenizerLossConfig(perceptual="none", adversarial_warmup=0))
     if criterion.discriminator is not None and side < criterion.discriminator.min_size:
         criterion = TokenizerLoss(TokenizerLossConfig(perceptual="none", adversarial_weight=0.0))
     criterion.to(device)

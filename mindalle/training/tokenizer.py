@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mindalle.image import psnr
 from mindalle.run import load_image_tokenizer
 from mindalle.training.base import OptimizerConfig, Training
+from mindalle.training.watch import TokenizerWatch
 from stage1_vqgan import RQVAE, VQGAN, PyramidVAE, PyramidVAEConfig, RQVAEConfig, VQGANConfig
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
@@ -65,6 +66,7 @@ class TokenizerTraining(Training):
         self.loss = TokenizerLoss(loss or TokenizerLossConfig())
         _check_size(model, self.loss)
         self.averages = CodebookAverages(model.quantizer, codebook) if codebook is not None else None
+        self.watch = TokenizerWatch(self.loss.config, codebook, is_codebook_trained=not decoder_only)
         # of the running batch: what the codebooks are to follow
         self._assigned: tuple[Tensor, Tensor] | None = None
         self._code_counts: Tensor  # (D, V): how often each code was chosen in the running validation
@@ -99,6 +101,9 @@ class TokenizerTraining(Training):
         )
         if self.averages is not None:
             self._assigned = (latents.detach(), quantized.codes)
+        if self.global_rank == 0:
+            assignments = self.model.quantizer.assignments(latents.detach(), quantized.codes)
+            self.watch.observe(terms.parts, assignments)
         self._log_terms("train", images, reconstructions, terms.total, terms.parts)
         total: Tensor = terms.total
         return total
@@ -115,6 +120,20 @@ class TokenizerTraining(Training):
         """Keep the optimiser's hands off an adversary that has not begun: moments would count its zeros."""
         if not self.loss.is_adversarial(self.global_step):
             self.loss.zero_grad(set_to_none=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each player's gradient by itself: an adversary's would shrink the tokenizer's steps."""
+        if not gradient_clip_val:
+            return
+        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+        for module in self.trained_modules():
+            if player := [p for p in module.parameters() if p.grad is not None]:
+                clip(player, gradient_clip_val)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Log the loss on held-out images, without the adversary, and count codes."""

@@ -489,7 +489,9 @@ class TestFromPretrained:
         assert precision_of(model_of(pipe)) == chosen
         assert ("precision int8, chosen by device and size" in caplog.text) == (chosen == "int8")
 
-    def test_int8_is_refused_before_anything_is_downloaded(self) -> None:
+    def test_int8_is_refused_before_anything_is_downloaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         with pytest.raises(ValueError, match="int8 is for CPUs"):
             Pipeline.from_pretrained("no-such-model", device="cuda", precision="int8")
 
@@ -503,7 +505,9 @@ class TestFromPretrained:
         """The checkpoint's own, unless another is named."""
         asked: list[object] = []
         monkeypatch.setattr(
-            ClipReranker, "from_pretrained", lambda name, device: asked.append((name, device)) or "a reranker"
+            ClipReranker,
+            "from_pretrained",
+            lambda name, device: asked.append((name, str(device))) or "a reranker",
         )
         assert Pipeline.from_pretrained(native, clip="ViT-B/32").reranker == "a reranker"
         (native / "clip.safetensors").touch()

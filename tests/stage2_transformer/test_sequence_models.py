@@ -26,7 +26,15 @@ from sequence_models import (
 )
 from torch import Tensor
 
-from stage2_transformer import GPT, STAGE2, ConditionConfig, GPTConfig, RQTransformer, SequenceModel
+from stage2_transformer import (
+    GPT,
+    STAGE2,
+    ConditionConfig,
+    GPTConfig,
+    PyramidGPTConfig,
+    RQTransformer,
+    SequenceModel,
+)
 from stage2_transformer.checkpoint import build_model
 
 KEYS = Path(__file__).with_name("state_dict_keys.txt")
@@ -342,6 +350,8 @@ def _influence(model: Model, config: Config) -> Tensor:
     total, depth = len(sizes), 1 if isinstance(config, GPTConfig) else num_depths(config)
     places, depths = torch.arange(total), torch.tensor(model.code_depths)
     codes = places if total <= int(sizes.min()) else places // depth
+    if isinstance(config, PyramidGPTConfig):  # of each scale from its first code on
+        codes = places - torch.tensor([model.code_depths.index(scale) for scale in model.code_depths])
     tables = _code_tables(model)
     logits = _finite(flat_logits(model, codes[None], draw_cond(config, 1)))[0]
     influence = torch.zeros(total, total, dtype=torch.bool)

@@ -316,7 +316,7 @@ class TestErrors:
             (["nowhere"], 1, "no training run at"),
             (["empty"], 1, "is no training run: expected a .ckpt file written by tools/train.py"),
             (["foreign.ckpt"], 1, "foreign.ckpt is no training run"),
-            (["newer.ckpt"], 1, "kind 'diffusion', known are vqgan, rqvae, gpt, rq_transformer, clip"),
+            (["newer.ckpt"], 1, "kind 'diffusion', known are vqgan, rqvae, pyramid, gpt, pyramid_gpt, "),
             (["other.ckpt"], 1, "config in .*other.ckpt: convnet; known are"),
             (["hollow.ckpt"], 1, "hollow.ckpt has no state_dict"),
             (["gpt", "--top-p", 2], 2, r"--top-p must be in \(0, 1\], got 2.0"),

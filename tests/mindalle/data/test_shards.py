@@ -188,7 +188,7 @@ class TestSamples:
         assert [(s.key, s.captions) for s in found if isinstance(s, Sample)] == [
             *(("0.tar/1", ("a",)), ("0.tar/2", ("b",)))
         ]
-        *_, text = read(open_source(f"pipe:cat {shlex.quote(str(shard))}"))
+        *_, text = read(open_source(f"pipe:cat {shlex.quote(str(shard))}", allow_pipe=True))
         assert isinstance(text, Unreadable)
         assert "but txt: the files of a sample must be next to each other" in text.reason
 

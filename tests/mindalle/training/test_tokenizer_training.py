@@ -160,6 +160,52 @@ class TestAdversary:
             runs.append((copy_state(module.model), [values["train/loss"] for values in metrics]))
         assert_equal(*runs)
 
+    @pytest.mark.parametrize("clip", [None, 0.01])
+    def test_until_it_is_heard_the_tokenizer_might_be_alone(self, clip: float | None) -> None:
+        """It learns, and the tokenizer's weights are those of a training without it, to the last bit.
+
+        Clipped by their joint length, the tokenizer's gradient shrank with the adversary's.
+        """
+        runs = []
+        for settings in (
+            {"adversarial_weight": 0.75, "adversarial_start": 1, "adversarial_warmup": 3},
+            {"adversarial_weight": 0.0},
+        ):
+            module = training("rqvae", loss=losses(**settings))
+            before = copy_state(module.loss)
+            _, metrics = fit(module, [PICTURES], max_steps=4, gradient_clip_val=clip)
+            runs.append(copy_state(module.model))
+            if module.loss.discriminator is not None:
+                assert "train/discriminator" in metrics[-1]
+                assert "train/generator" not in metrics[-1]
+                after = module.loss.state_dict()
+                assert not any(torch.equal(after[n], before[n]) for n in before if n.endswith("0.weight"))
+        assert_equal(*runs)
+
+    def test_every_player_s_gradient_is_clipped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = training("vqgan", loss=losses(adversarial_weight=0.75))
+        lengths: list[list[float]] = []
+
+        def measure(optimizer: torch.optim.Optimizer) -> None:
+            players = ([p.grad for p in part.parameters()] for part in module.trained_modules())
+            lengths.append([float(torch.nn.utils.get_total_norm(grads)) for grads in players])
+
+        step = torch.optim.AdamW.step
+
+        def measured_step(self: Any, closure: Any = None) -> Any:
+            def measured() -> Any:
+                value = closure()
+                measure(self)
+                return value
+
+            return step(self, measured)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", measured_step)
+        fit(module, [PICTURES], max_steps=2, gradient_clip_val=0.01)
+        assert lengths
+        for length in (length for pair in lengths for length in pair):
+            assert length == pytest.approx(0.01, rel=1e-3)
+
     def test_pictures_that_are_too_small(self) -> None:
         """The error came from inside a convolution, with the adversary's first step: days into a run."""
         large = DiscriminatorConfig(num_layers=3)

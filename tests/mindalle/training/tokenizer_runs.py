@@ -78,10 +78,9 @@ class Pictures(pl.LightningDataModule):
 
 
 def losses(**settings: Any) -> TokenizerLossConfig:
-    """Pixels alone, unless told otherwise."""
-    return TokenizerLossConfig(
-        **{"perceptual": "none", "adversarial_weight": 0.0, "discriminator": ADVERSARY, **settings}
-    )
+    """Pixels alone, unless told otherwise; an adversary is heard from its first step."""
+    alone = {"perceptual": "none", "adversarial_weight": 0.0, "adversarial_warmup": 0}
+    return TokenizerLossConfig(**{**alone, "discriminator": ADVERSARY, **settings})
 
 
 def training(kind: str, **options: Any) -> TokenizerTraining:
