@@ -30,7 +30,7 @@ from mindalle.text import TextTokenizer
 from mindalle.training import ClipTraining, PromptSheet
 from mindalle.training.sequence import SequenceTraining
 from mindalle.training.tokenizer import TokenizerTraining
-from stage1_vqgan import RQVAE, VQGAN
+from stage1_vqgan import RQVAE, VQGAN, PyramidVAE
 from stage2_transformer.checkpoint import check_fit
 
 ROOT = Path(__file__).parents[1]
@@ -172,14 +172,14 @@ def num_parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in built(name).model.model.parameters())
 
 
-def find_image_tokenizer(name: str) -> VQGAN | RQVAE:
+def find_image_tokenizer(name: str) -> VQGAN | RQVAE | PyramidVAE:
     if name in bundled_models():
         tokenizer = load_image_tokenizer(name)
     elif name in RELEASES:
         tokenizer = built(RELEASED[name]["image_tokenizer"]).model.model
     else:
         tokenizer = build(exported().get(name, name)).model.model
-    assert isinstance(tokenizer, (VQGAN, RQVAE))
+    assert isinstance(tokenizer, (VQGAN, RQVAE, PyramidVAE))
     return tokenizer
 
 
@@ -287,7 +287,7 @@ def test_codes_and_model_agree(name: str) -> None:
     config, data = built(name).model.model.config, built(name).data
     tokenizer = find_image_tokenizer(data.image_tokenizer)
     check_fit(config, tokenizer.code_shape, tokenizer.codebook(), source=name)
-    if isinstance(tokenizer, RQVAE):
+    if isinstance(tokenizer, (RQVAE, PyramidVAE)):
         assert config.codebook_sizes == tokenizer.config.quantizer.codebook_sizes
         assert config.codebook_width == tokenizer.config.quantizer.width
     assert data.temperature is None or isinstance(tokenizer, RQVAE)

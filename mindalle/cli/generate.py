@@ -200,8 +200,10 @@ def sampling_params(args: argparse.Namespace, pipe: Pipeline | None = None) -> S
     except ValueError as error:
         raise UsageError(with_option_names(str(error))) from error
     if pipe is not None and params.is_guided and _condition(pipe) == "none":
+        scales = params.cfg_scale if isinstance(params.cfg_scale, tuple) else (params.cfg_scale,)
+        shown = " ".join(f"{scale:g}" for scale in scales)
         raise UsageError(
-            f"--cfg-scale {params.cfg_scale} needs a prompt or a class to guide towards, and this model is "
+            f"--cfg-scale {shown} needs a prompt or a class to guide towards, and this model is "
             "unconditional: leave it out"
         )
     return params

@@ -17,7 +17,8 @@ class Result:
 
     code: int
     out: list[str]  # lines
-    err: list[str]
+    err: list[str]  # without the lines that say which device was chosen: they depend on the machine
+    device: list[str]  # those lines
 
     @property
     def paths(self) -> list[Path]:

@@ -36,8 +36,8 @@ def mindalle(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
             code = leave.code
         out, err = capsys.readouterr()
         lines = err.replace("\r", "\n").splitlines()
-        # which device `auto` took is said by every command that computes, and depends on the machine
-        return Result(code, out.splitlines(), [line for line in lines if ": device " not in line])
+        device = [line for line in lines if ": device " in line]
+        return Result(code, out.splitlines(), [line for line in lines if line not in device], device)
 
     yield call
     root.handlers[:], level, own_level = before

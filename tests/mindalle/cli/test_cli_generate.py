@@ -387,9 +387,7 @@ def test_the_device_is_chosen_and_threads_are_set(generate: Command, monkeypatch
     result = generate("--prompt", "a red car", "--seed", 0)
     assert result.code == 0
     assert asked == [1]
-    assert [line for line in result.err if "device" in line] == [
-        "generate.py: device cpu, chosen as the best of this machine"
-    ]
+    assert result.device == ["generate.py: device cpu, chosen as the best of this machine"]
     result = generate("--prompt", "a red car", "--seed", 0, "--threads", 3, "--device", "cpu")
     assert asked == [1, 3]
-    assert not [line for line in result.err if "device" in line]
+    assert result.device == []
