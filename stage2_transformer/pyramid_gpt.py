@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
 from stage2_transformer.cache import KVCache
 from stage2_transformer.conditioning import ConditionConfig
 from stage2_transformer.gpt import GPT
@@ -37,6 +38,7 @@ class PyramidGPTConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
+        check_bounds(self, scales=1 << 12, codebook_sizes=1 << 24, codebook_width=1 << 16)
         if not self.scales or len(self.scales) != len(self.codebook_sizes) or min(self.scales) < 1:
             raise ValueError(
                 "scales must be at least 1, with one codebook size per scale, "

@@ -16,7 +16,7 @@ from stage1_vqgan import RQVAE, VQGAN, PyramidVAE, PyramidVAEConfig, RQVAEConfig
 from stage1_vqgan.autoencoder import QuantizedAutoencoder
 from stage1_vqgan.losses import TokenizerLoss, TokenizerLossConfig
 from stage1_vqgan.perceptual import SMALLEST_SIDES
-from stage1_vqgan.quantize import CodebookAverages, CodebookTrainingConfig
+from stage1_vqgan.quantize import CodebookAverages, CodebookTrainingConfig, PyramidQuantizer
 from stage1_vqgan.quantize.usage import code_counts, perplexity
 
 
@@ -90,6 +90,8 @@ class TokenizerTraining(Training):
         latents: Tensor = self.model.encode_latents(images)
         if self.averages is not None and not self.is_pretrained:
             self.averages.start(latents)
+        if self.averages is not None and isinstance(self.model.quantizer, PyramidQuantizer):
+            self.model.quantizer.swap_share = self.averages.config.swap_share_at(self.global_step)
         quantized = self.model.quantizer(latents)
         reconstructions = self.model.decode_latents(quantized.latents)
         terms = self.loss(

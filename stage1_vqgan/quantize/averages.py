@@ -22,6 +22,8 @@ class CodebookTrainingConfig:
     decay: float = 0.99  # of the moving averages per batch, in (0, 1)
     restart_after: int = 100  # batches an entry goes unchosen before it moves to a random vector; 0 = never
     kmeans_iterations: int = 10  # of Lloyd's algorithm on the first batch, >= 0; 0 = random vectors of it
+    swap_share: float = 0.0  # pyramids: of the codes, read as near ones at the first step, in [0, 1] ...
+    swap_steps: int = 0  # ... and fewer and fewer until this step, from which on none is, >= 0
 
     def __post_init__(self) -> None:
         if not 0 < self.decay < 1:
@@ -31,6 +33,15 @@ class CodebookTrainingConfig:
                 "restart_after and kmeans_iterations must be at least 0, "
                 f"got {self.restart_after} and {self.kmeans_iterations}"
             )
+        if not 0 <= self.swap_share <= 1 or self.swap_steps < 0:
+            raise ValueError(
+                "swap_share must be in [0, 1] and swap_steps at least 0, "
+                f"got {self.swap_share} and {self.swap_steps}"
+            )
+
+    def swap_share_at(self, step: int) -> float:
+        """The share of codes that are swapped at a step."""
+        return self.swap_share * max(0.0, 1 - step / self.swap_steps) if self.swap_steps else 0.0
 
 
 class CodebookAverages(nn.Module):

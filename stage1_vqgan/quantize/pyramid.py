@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from checkpoint_io import check_bounds
 from stage1_vqgan.quantize.interface import (
     Assignment,
     Cluster,
@@ -26,37 +27,36 @@ MAX_SIDE = 256
 MAX_SCALES = 64
 """Scales of a pyramid, at most."""
 
+NUM_SWAPPED = 16
+"""A swapped code becomes one of so many nearest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidQuantizerConfig:
     """Scales and codebooks."""
 
     scales: tuple[int, ...] = (1, 2, 4, 8, 8)  # codes along a side, coarse to fine, each in [1, 256]
-    codebook_sizes: tuple[int, ...] = (2048, 2048, 2048, 2048, 2048)  # V of each scale, >= 1
-    width: int = 64  # channels of an entry, >= 1
+    codebook_sizes: tuple[int, ...] = (2048, 2048, 2048, 2048, 2048)  # V of each scale, in [1, 2**24]
+    width: int = 64  # channels of an entry, in [1, 65536]
     commitment_weight: float = 0.25  # weight of the commitment loss, >= 0
-    swap_share: float = 0.0  # of codes that training swaps for a near one, for a tolerant decoder, in [0, 1]
-    num_neighbours: int = 16  # a swapped code is one of so many nearest, >= 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
+        check_bounds(self, scales=MAX_SIDE, codebook_sizes=1 << 24, width=1 << 16)
         if not 1 <= len(self.scales) <= MAX_SCALES or len(self.scales) != len(self.codebook_sizes):
             raise ValueError(
                 f"scales and codebook_sizes must be of one length in [1, {MAX_SCALES}], "
                 f"got {self.scales} and {self.codebook_sizes}: name one codebook size per scale"
             )
-        if min(self.scales) < 1 or max(self.scales) > MAX_SIDE or list(self.scales) != sorted(self.scales):
-            raise ValueError(f"scales must be in [1, {MAX_SIDE}] and not descend, got {self.scales}")
-        if min(self.codebook_sizes) < 1 or self.width < 1 or self.num_neighbours < 1:
+        if min(self.scales) < 1 or list(self.scales) != sorted(self.scales):
+            raise ValueError(f"scales must be at least 1 and not descend, got {self.scales}")
+        if min(self.codebook_sizes) < 1 or self.width < 1:
             raise ValueError(
-                "codebook_sizes, width and num_neighbours must be at least 1, "
-                f"got {self.codebook_sizes}, {self.width} and {self.num_neighbours}"
+                f"codebook_sizes and width must be at least 1, got {self.codebook_sizes} and {self.width}"
             )
         if self.commitment_weight < 0:
             raise ValueError(f"commitment_weight must not be negative, got {self.commitment_weight}")
-        if not 0 <= self.swap_share <= 1:
-            raise ValueError(f"swap_share must be in [0, 1], got {self.swap_share}")
 
     @property
     def grid(self) -> int:
@@ -84,6 +84,10 @@ class PyramidQuantizer(Quantizer):
     to them; it starts at zero. Codes are flat, (B, T), coarse scales first and in raster order within one.
     The codebooks stay fixed during a forward pass.
 
+    Attributes:
+        swap_share: of the codes that a forward pass in training reads as near ones, so that the decoder bears
+            mistakes, in [0, 1]; whoever trains sets it.
+
     Source: Tian et al. 2024 (arXiv 2404.02905), algorithms 1 and 2.
     """
 
@@ -91,6 +95,7 @@ class PyramidQuantizer(Quantizer):
         super().__init__()
         self.config = config
         self.codebook_size = max(config.codebook_sizes)
+        self.swap_share = 0.0
         self.tables = nn.ParameterList(
             nn.Parameter(nn.init.normal_(torch.empty(size, config.width))) for size in config.codebook_sizes
         )
@@ -122,10 +127,9 @@ class PyramidQuantizer(Quantizer):
         Raises:
             ValueError: if the grid is another.
         """
-        share = self.config.swap_share if self.training else 0.0
         codes = read = self.encode(latents)
-        if share:
-            read = self.corrupt(latents, share=share, num_neighbours=self.config.num_neighbours).read
+        if self.training and self.swap_share:
+            read = self.corrupt(latents, share=self.swap_share, num_neighbours=NUM_SWAPPED).read
         partial_sums = self.partial_sums(read)  # (S, B, C, h, w)
         same = latents.expand_as(partial_sums)
         return QuantizerOutput(

@@ -128,7 +128,8 @@ class TestMistakes:
         assert torch.equal(read, quantizer.encode(latents))
 
     def test_training_swaps_and_evaluation_does_not(self) -> None:
-        quantizer, latents = build(swap_share=0.5), draw_latents(8)
+        quantizer, latents = build(), draw_latents(8)
+        quantizer.swap_share = 0.5
         plain = quantizer.eval()(latents)
         torch.testing.assert_close(plain.latents, quantizer.decode(plain.codes))
         swapped = quantizer.train()(latents)
@@ -186,17 +187,23 @@ class TestErrors:
             ({"scales": ()}, r"of one length in \[1, 64\], got \(\)"),
             ({"codebook_sizes": (8,)}, "name one codebook size per scale"),
             ({"scales": (4, 2, 1)}, r"not descend, got \(4, 2, 1\)"),
-            ({"scales": (0, 2, 4)}, r"scales must be in \[1, 256\]"),
-            ({"scales": (1, 2, 300)}, r"scales must be in \[1, 256\]"),
+            ({"scales": (0, 2, 4)}, "scales must be at least 1 and not descend"),
+            ({"scales": (1, 2, 300)}, "scales must be at most 256, got 300"),
             ({"width": 0}, "must be at least 1"),
             ({"commitment_weight": -1.0}, "must not be negative, got -1.0"),
-            ({"swap_share": 1.5}, r"swap_share must be in \[0, 1\], got 1.5"),
+            ({"codebook_sizes": (8, 8, 1 << 30)}, "codebook_sizes must be at most 16777216"),
         ],
     )
     def test_config(self, settings: dict[str, Any], message: str) -> None:
         defaults = {"scales": (1, 2, 4), "codebook_sizes": (8, 8, 8)}
         with pytest.raises(ValueError, match=message):
             PyramidQuantizerConfig(**{**defaults, **settings})
+
+    def test_swaps(self) -> None:
+        config = CodebookTrainingConfig(swap_share=0.2, swap_steps=10)
+        assert [config.swap_share_at(step) for step in (0, 5, 10, 99)] == [0.2, 0.1, 0.0, 0.0]
+        with pytest.raises(ValueError, match=r"swap_share must be in \[0, 1\] .* got 1.5 and 0"):
+            CodebookTrainingConfig(swap_share=1.5)
 
     def test_codes(self, tiny_pyramid: PyramidVAE) -> None:
         with pytest.raises(ValueError, match=r"be one of 1, 5, 9, 25 an image for scales .*, got 7"):

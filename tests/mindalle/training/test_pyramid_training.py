@@ -18,6 +18,7 @@ from mindalle.training import PyramidGPTTraining, PyramidVAETraining
 from mindalle.training.base import OptimizerConfig
 from stage1_vqgan import RQVAE, PyramidVAE
 from stage1_vqgan.losses import TokenizerLossConfig
+from stage1_vqgan.quantize import CodebookTrainingConfig
 from stage2_transformer import ConditionConfig, PyramidGPTConfig, SamplingParams, TransformerConfig
 from stage2_transformer.losses import SequenceLossConfig
 
@@ -119,7 +120,12 @@ def test_a_model_learns_and_draws(data: CodeData, tmp_path: Path, tiny_pyramid: 
 def test_a_tokenizer_starts_from_another(tmp_path: Path, tiny_rqvae: RQVAE, tiny_pyramid: PyramidVAE) -> None:
     save_checkpoint(tmp_path / "rqvae", image_tokenizer=tiny_rqvae)
     loss = TokenizerLossConfig(perceptual="none", adversarial_weight=0.0)
-    module = PyramidVAETraining(tiny_pyramid.config, loss=loss, start_from=str(tmp_path / "rqvae"))
+    module = PyramidVAETraining(
+        tiny_pyramid.config,
+        loss=loss,
+        codebook=CodebookTrainingConfig(swap_share=0.5, swap_steps=40),
+        start_from=str(tmp_path / "rqvae"),
+    )
     assert torch.equal(module.model.encoder.conv_in.weight, tiny_rqvae.encoder.conv_in.weight)
     images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     loader = torch.utils.data.DataLoader([{"images": image} for image in images], batch_size=8)
@@ -128,6 +134,7 @@ def test_a_tokenizer_starts_from_another(tmp_path: Path, tiny_rqvae: RQVAE, tiny
     )
     trainer.fit(module, loader, loader)
     assert {f"val/usage_depth{scale}" for scale in range(4)} <= set(trainer.callback_metrics)
+    assert module.model.quantizer.swap_share == pytest.approx(0.5 * (1 - 19 / 40))
     assert bool((module.model.quantizer.phi[0].weight != 0).any())
     with pytest.raises(ValueError, match="pretrained and start_from contradict each other"):
         PyramidVAETraining(tiny_pyramid.config, pretrained="a", start_from="b")
